@@ -1,0 +1,1 @@
+"""What goes in: readers -> features -> store -> samplers -> batches, and answers back out."""

@@ -1,0 +1,158 @@
+"""Span logits -> answers: the inverse of features. numpy only, vectorised over windows, exhaustive over spans.
+
+Two halves: `best_spans` runs where the logits are (any rank) and turns a batch into a few numbers for each window;
+`answers` runs once, on all windows of a data set, and turns those into texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from plainloop.data.store import Store
+from plainloop.data.types import Example
+
+
+class Spans(NamedTuple):
+    """The K best spans of each of B windows, best first; score -inf where a window has fewer.
+
+    row (B,), null (B,) = start[cls] + end[cls], score (B, K), char_start and char_end (B, K) in the context.
+    """
+
+    row: np.ndarray
+    null: np.ndarray
+    score: np.ndarray
+    char_start: np.ndarray
+    char_end: np.ndarray
+
+
+class Prediction(NamedTuple):
+    """text: "" when unanswerable is likelier by more than the threshold; best: the best non-null text."""
+
+    text: str
+    best: str
+    score_diff: float
+    nbest: list[dict[str, float | str]]
+
+
+def best_spans(
+    logits: np.ndarray, rows: np.ndarray, store: Store, *, max_answer_length: int = 30, num_best: int = 1
+) -> Spans:
+    """The best spans start <= end < start + max_answer_length over the context tokens of each window.
+
+    logits: (B, L, 2) float32. Ties: the earlier start, then the shorter span.
+
+    A span among the K best has one of the K best starts (each start judged by its best end), so K * M sums are
+    enough for an exact answer (K best, M the longest answer); the best end of every start is a sliding maximum.
+    """
+    context = np.asarray(store.arrays["context"][rows])
+    position = np.arange(logits.shape[1])
+    outside = (position < context[:, :1]) | (position >= context[:, 1:])
+    start = np.where(outside, -np.inf, logits[:, :, 0])
+    end = np.where(outside, -np.inf, logits[:, :, 1])
+    index = np.arange(len(rows))
+
+    best_of_start = start + _sliding_max(end, max_answer_length)
+    starts = _top(best_of_start, min(num_best, logits.shape[1]))
+    starts = np.sort(
+        starts, axis=1
+    )  # flat order of the sums below is then (start, length): the order of ties
+    ends = starts[:, :, None] + np.arange(max_answer_length)
+    in_range = ends < logits.shape[1]
+    ends = np.minimum(ends, logits.shape[1] - 1)
+    sums = np.where(
+        in_range, start[index[:, None], starts][:, :, None] + end[index[:, None, None], ends], -np.inf
+    )
+
+    sums = sums.reshape(len(rows), -1)
+    chosen = _top(sums, min(num_best, sums.shape[1]))
+    score = np.take_along_axis(sums, chosen, axis=1)
+    first = np.take_along_axis(starts, chosen // max_answer_length, axis=1)
+    last = first + chosen % max_answer_length
+    valid = np.isfinite(score)
+    token = store.starts[rows][:, None]
+    offsets = store.arrays["offsets"]
+    char_start = np.where(valid, offsets[np.where(valid, token + first, 0), 0], 0)
+    char_end = np.where(valid, offsets[np.where(valid, token + last, 0), 1], 0)
+    cls = store.arrays["cls"][rows]
+    null = logits[index, cls, 0] + logits[index, cls, 1]
+    return Spans(rows, null.astype(np.float32), score.astype(np.float32), char_start, char_end)
+
+
+def _sliding_max(values: np.ndarray, width: int) -> np.ndarray:
+    """out[:, i] = max(values[:, i : i + width]), by doubling: log2(width) passes."""
+    out, reach = values, 1
+    while reach < width:
+        shift = min(reach, width - reach)
+        shifted = np.full_like(out, -np.inf)
+        shifted[:, :-shift] = out[:, shift:]
+        out = np.maximum(out, shifted)
+        reach += shift
+    return out
+
+
+def _top(values: np.ndarray, k: int) -> np.ndarray:
+    """Indices (B, k) of the k largest of each row, largest first, ties by index."""
+    if k == 1:
+        return np.argmax(values, axis=1)[:, None]
+    if (
+        values.shape[1] > 4 * k
+    ):  # only values as large as the k-th are sorted; a tie with it keeps the lower index
+        kth = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]
+        values = np.where(values >= kth, values, -np.inf)
+    return np.argsort(-values, axis=1, kind="stable")[:, :k]
+
+
+def answers(
+    spans: Spans, examples: Sequence[Example], store: Store, *, threshold: float = 0.0, num_best: int = 0
+) -> list[Prediction]:
+    """One Prediction for each example, from the spans of all windows (any order, each window exactly once).
+
+    Predicts "" iff score_diff = null - best > threshold; null is the least over the windows of a question, best the
+    highest span over them (ties: the earlier window). Without any valid span the text is "".
+    """
+    order = np.argsort(spans.row, kind="stable")
+    if not np.array_equal(spans.row[order], np.arange(len(store))):
+        raise AssertionError(f"{len(spans.row)} windows were decoded, not each of {len(store)} once")
+    spans = Spans(*(array[order] for array in spans))
+    bounds = np.searchsorted(np.asarray(store.arrays["example"]), np.arange(len(examples) + 1))
+    return [
+        _predict(example, Spans(*(array[a:b] for array in spans)), threshold, num_best)
+        for example, a, b in zip(examples, bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def _predict(example: Example, spans: Spans, threshold: float, num_best: int) -> Prediction:
+    null = float(spans.null.min())
+    window, k = divmod(int(np.argmax(spans.score)), spans.score.shape[1])
+    best_score = float(spans.score[window, k])
+    best = example.context[spans.char_start[window, k] : spans.char_end[window, k]]
+    if not np.isfinite(best_score):
+        best, best_score = "", null
+    score_diff = null - best_score
+    text = "" if score_diff > threshold else best
+    return Prediction(text, best, score_diff, _nbest(example, spans, null, num_best) if num_best else [])
+
+
+def _nbest(example: Example, spans: Spans, null: float, num_best: int) -> list[dict[str, float | str]]:
+    """The best spans with distinct texts and the null answer, with softmax probabilities over the list."""
+    entries: dict[str, float] = {}
+    for flat in np.argsort(-spans.score, axis=None, kind="stable"):
+        window, k = divmod(int(flat), spans.score.shape[1])
+        score = float(spans.score[window, k])
+        text = example.context[spans.char_start[window, k] : spans.char_end[window, k]]
+        if np.isfinite(score) and text not in entries:
+            entries[text] = score
+        if len(entries) == num_best:
+            break
+    entries[""] = max(null, entries.get("", null))
+    texts = sorted(entries, key=lambda text: -entries[text])
+    scores = np.array([entries[text] for text in texts])
+    weights = np.exp(scores - scores.max())
+    probabilities = weights / weights.sum()
+    return [
+        {"text": text, "score": float(score), "probability": float(probability)}
+        for text, score, probability in zip(texts, scores, probabilities, strict=True)
+    ]

@@ -1,0 +1,189 @@
+"""Tokenise: questions and contexts -> sliding windows with label positions, as flat arrays.
+
+A window is `[CLS] question [SEP] context part [SEP]`. Windows of one question overlap by `stride` tokens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from plainloop.data.types import Example, InputError
+
+CHUNK = 256  # examples in one call of the tokenizer
+MIN_EXAMPLES_FOR_PROCESSES = 2000  # below that, starting processes costs more than it saves
+
+# Arrays of a store of windows. T tokens in all, N windows: offsets (T, 2) are characters of the context.
+Arrays = dict[str, np.ndarray]
+
+
+def question_limit(tokenizer: Any, *, max_length: int, stride: int) -> int:
+    """Longest question in tokens: half of what overlap and special tokens leave, so windows always advance.
+
+    Raises InputError when that leaves no room.
+    """
+    model_limit = tokenizer.model_max_length
+    if max_length > model_limit:
+        raise InputError(
+            f"data.max_length {max_length} is more than the model's limit of {model_limit} tokens."
+        )
+    limit = (max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride) // 2
+    if stride < 0 or limit < 8:
+        raise InputError(
+            f"data.stride {stride} with data.max_length {max_length} leaves no room for a question and new context;"
+            f" make data.stride at most {max(max_length // 2, 0)} or data.max_length larger."
+        )
+    return limit
+
+
+def span_windows(
+    examples: Sequence[Example], tokenizer: Any, *, max_length: int, stride: int, processes: int = 1
+) -> Arrays:
+    """Cut examples into windows, in order. See `_window_arrays` for the arrays.
+
+    A window's label is the whole first answer, or its CLS position (no answer, or not all of it inside).
+    """
+    limit = question_limit(tokenizer, max_length=max_length, stride=stride)
+    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+    job = _Job(tokenizer, max_length, stride, limit)
+    with tqdm(total=len(examples), desc="tokenise", unit="q", delay=2, mininterval=1) as bar:
+        parts = []
+        for chunk, part in zip(chunks, _map(job, chunks, len(examples), processes), strict=True):
+            parts.append(part)
+            bar.update(len(chunk))
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    arrays["example"] = np.repeat(np.arange(len(examples), dtype=np.int32), arrays.pop("num_windows"))
+    return arrays
+
+
+class _Job:
+    """A tokenizer with its options: what a worker process is given once, by fork."""
+
+    def __init__(self, tokenizer: Any, max_length: int, stride: int, question_limit: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.stride = stride
+        self.question_limit = question_limit
+
+    def __call__(self, examples: Sequence[Example]) -> Arrays:
+        questions, capped = zip(*(self._cap(e.question.strip()) for e in examples), strict=True)
+        encoded = self.tokenizer(
+            list(questions),
+            [e.context for e in examples],
+            truncation="only_second",
+            max_length=self.max_length,
+            stride=self.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        owners = np.asarray(encoded["overflow_to_sample_mapping"])
+        rows = [
+            _window(encoding, examples[owner], self.tokenizer.cls_token_id)
+            for encoding, owner in zip(encoded.encodings, owners, strict=True)
+        ]
+        return _window_arrays(rows, np.bincount(owners, minlength=len(examples)), np.array(capped))
+
+    def _cap(self, question: str) -> tuple[str, bool]:
+        """Cut a question to the limit, at a token's border. Only absurdly long ones are cut."""
+        if len(question) <= self.question_limit:  # a token has at least one character
+            return question, False
+        capped = False
+        limit = self.question_limit
+        while True:
+            encoding = self.tokenizer(
+                question, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            if len(encoding["input_ids"]) <= self.question_limit:
+                return question, capped
+            question, capped = question[: encoding["offset_mapping"][limit - 1][1]], True
+            limit -= 1  # the cut end may tokenise into more pieces than before
+
+
+def _window(encoding: Any, example: Example, cls_token_id: int) -> dict[str, Any]:
+    """One tokenizer encoding -> its ids, offsets and positions."""
+    ids = np.array(encoding.ids, dtype=np.int32)
+    offsets = np.array(encoding.offsets, dtype=np.int32)
+    in_context = np.array([s == 1 for s in encoding.sequence_ids])
+    second = np.flatnonzero(np.array(encoding.type_ids) == 1)
+    start = int(np.argmax(in_context)) if in_context.any() else len(ids)
+    end = start + int(in_context.sum())
+    cls = int(np.argmax(ids == cls_token_id))
+    label = _label(example, offsets[start:end])
+    return {
+        "input_ids": ids,
+        "offsets": offsets,
+        "cls": cls,
+        "segment": int(second[0]) if len(second) else len(ids),
+        "context": (start, end),
+        "label": (cls, cls) if label is None else (start + label[0], start + label[1]),
+    }
+
+
+def _label(example: Example, offsets: np.ndarray) -> tuple[int, int] | None:
+    """First and last context token (inclusive) of the first answer, or None unless all of it is inside.
+
+    Both rules look at overlap alone, so they hold for characters that are split over several tokens.
+    """
+    if not example.answers or not len(offsets):
+        return None
+    text, start = example.answers[0]
+    end = start + len(text.rstrip())
+    start += len(text) - len(text.lstrip())
+    if start >= end or start < offsets[0, 0] or end > offsets[-1, 1]:
+        return None
+    first = int(np.argmax(offsets[:, 1] > start))
+    last = len(offsets) - 1 - int(np.argmax(offsets[::-1, 0] < end))
+    return (first, last) if first <= last else None
+
+
+def _window_arrays(rows: list[dict[str, Any]], num_windows: np.ndarray, capped: np.ndarray) -> Arrays:
+    """Flat arrays of N windows with T tokens in all.
+
+    input_ids (T,), offsets (T, 2): tokens and the characters they cover; length (N,): tokens of a window;
+    cls (N,), segment (N,): positions of CLS and of the first token of type 1; context (N, 2): context tokens
+    [start, end); label (N, 2): first and last answer token, inclusive; num_windows, capped: per example.
+    """
+    return {
+        "input_ids": np.concatenate([row["input_ids"] for row in rows]),
+        "offsets": np.concatenate([row["offsets"] for row in rows]),
+        "length": np.array([len(row["input_ids"]) for row in rows], dtype=np.int32),
+        "cls": np.array([row["cls"] for row in rows], dtype=np.int32),
+        "segment": np.array([row["segment"] for row in rows], dtype=np.int32),
+        "context": np.array([row["context"] for row in rows], dtype=np.int32),
+        "label": np.array([row["label"] for row in rows], dtype=np.int32),
+        "num_windows": num_windows.astype(np.int32),
+        "capped": capped,
+    }
+
+
+_job: _Job | None = None  # in a worker process: inherited by fork, so that nothing is pickled
+
+
+def _run_job(examples: Sequence[Example]) -> Arrays:
+    assert _job is not None
+    return _job(examples)
+
+
+def _map(job: _Job, chunks: Iterable[Sequence[Example]], total: int, processes: int) -> Iterator[Arrays]:
+    global _job
+    if processes <= 1 or total < MIN_EXAMPLES_FOR_PROCESSES:
+        yield from map(job, chunks)
+        return
+    _job = job
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process: the processes are the parallelism
+    try:
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            yield from pool.imap(_run_job, chunks)
+    finally:
+        _job = None
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

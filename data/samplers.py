@@ -1,0 +1,109 @@
+"""Which rows an optimizer step sees, as pure functions: (seed, step) -> global batch -> a rank's micro-batches.
+
+The global batch knows nothing of ranks and workers; only `split` does. So a run on one GPU, on four, or resumed on
+two follows the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+PAD_MULTIPLE = 8  # lengths are padded to a multiple of this: what tensor cores want
+
+
+def padded(length: int, limit: int | None = None) -> int:
+    """Length after padding to the multiple, but not beyond `limit` (the model may have no more positions)."""
+    rounded = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    return rounded if limit is None else max(length, min(rounded, limit))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Global batches of exactly `batch_size` rows of similar length; the last of an epoch may be short.
+
+    lengths: (N,) tokens of each row. bucket: rows are sorted by length inside windows of bucket * batch_size
+    shuffled rows; 0 leaves the shuffled order.
+    """
+
+    lengths: np.ndarray
+    batch_size: int
+    seed: int
+    bucket: int = 50
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Rows of the global batch of `step` (counted from 0 over all epochs)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self.epoch_batches(epoch)[index]
+
+    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        """All global batches of an epoch, in order. O(N log N), 0.1 s for 130,000 rows: keep it for the epoch."""
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        order = random.permutation(len(self.lengths))
+        if self.bucket:
+            size = self.bucket * self.batch_size
+            windows = [order[i : i + size] for i in range(0, len(order), size)]
+            order = np.concatenate([w[np.argsort(self.lengths[w], kind="stable")] for w in windows])
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return [batches[i] for i in random.permutation(len(batches))]
+
+
+def split(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int) -> list[list[np.ndarray]]:
+    """Micro-batches of a global batch for each rank.
+
+    Rows go longest first to the rank with the least padded tokens, then each share is cut into micro-batches of at
+    most `tokens` padded tokens. An empty share is [], and its rank runs a micro-batch that counts for nothing.
+    """
+    order = _longest_first(rows, lengths)
+    shares = _least_loaded(order, [padded(int(n)) for n in lengths[order]], world_size)
+    return [cut(np.array(share, dtype=np.int64), lengths, tokens=tokens) for share in shares]
+
+
+def deal(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int) -> list[list[np.ndarray]]:
+    """For evaluation: the same micro-batches whatever the number of ranks, dealt out whole by padded tokens.
+
+    So every row is computed in the same company on one rank or on eight, and gives the same bits.
+    """
+    micro_batches = cut(_longest_first(rows, lengths), lengths, tokens=tokens)
+    return _least_loaded(micro_batches, [padded_tokens([m], lengths) for m in micro_batches], world_size)
+
+
+def cut(rows: np.ndarray, lengths: np.ndarray, *, tokens: int) -> list[np.ndarray]:
+    """Cut rows, longest first, into micro-batches of at most `tokens` padded tokens (one row alone may have more)."""
+    micro_batches: list[np.ndarray] = []
+    start = 0
+    while start < len(rows):
+        size = max(1, tokens // padded(int(lengths[rows[start]])))
+        micro_batches.append(rows[start : start + size])
+        start += size
+    return micro_batches
+
+
+def padded_tokens(micro_batches: Iterable[np.ndarray], lengths: np.ndarray) -> int:
+    """Tokens that go through the model, padding included."""
+    return sum(padded(int(lengths[rows].max())) * len(rows) for rows in micro_batches)
+
+
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
+
+
+def _least_loaded(items: Iterable[T], weights: Sequence[int], num_bins: int) -> list[list[T]]:
+    """Each item in turn to the bin with the least weight so far (the first of equals)."""
+    load = [0] * num_bins
+    bins: list[list[T]] = [[] for _ in range(num_bins)]
+    for item, weight in zip(items, weights, strict=True):
+        least = load.index(min(load))
+        load[least] += weight
+        bins[least].append(item)
+    return bins

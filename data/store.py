@@ -1,0 +1,98 @@
+"""Features as flat memory-mapped arrays, cached on disk under the digest of everything that made them.
+
+A store is a folder of .npy files. It appears by one rename, complete: whoever sees it may read it. A row is a
+slice of an array, so loader workers share pages and hold no Python objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plainloop.data.types import InputError
+
+
+class Store:
+    """Arrays of a store folder, opened read-only. `lengths` (N,) in tokens; `starts` (N,) index flat arrays."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        self.arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))}
+        self.lengths = np.asarray(self.arrays["length"])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)[:-1]])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, name: str, index: int) -> np.ndarray:
+        """The slice of a flat (per-token) array that belongs to row `index`."""
+        start = self.starts[index]
+        return self.arrays[name][start : start + self.lengths[index]]
+
+
+def digest(*parts: Any) -> str:
+    """Hex digest of JSON-able parts; a Path stands for its content (a folder: for all its files' contents)."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
+                if file.is_file():
+                    with open(file, "rb") as stream:
+                        total.update(_file_digest(stream))
+        else:
+            total.update(json.dumps(part, sort_keys=True).encode())
+        total.update(b"\0")
+    return total.hexdigest()[:32]
+
+
+def _file_digest(stream: Any) -> bytes:
+    running = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        running.update(block)
+    return running.digest()
+
+
+def cache_folder(configured: str | None) -> Path:
+    """Where stores are kept: the option, else $PLAINLOOP_CACHE, else ~/.cache/plainloop."""
+    return Path(configured or os.environ.get("PLAINLOOP_CACHE") or Path.home() / ".cache" / "plainloop")
+
+
+def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]) -> Store:
+    """Open the store at `path`; when there is none yet, make it. Safe beside other processes that do the same."""
+    if not (path / "meta.json").exists():
+        arrays, meta = make()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+        except OSError as error:
+            raise InputError(
+                f"data.cache_dir {path.parent}: {error.strerror}; choose a writable folder."
+            ) from None
+        try:
+            for name, array in arrays.items():
+                np.save(temporary / f"{name}.npy", array)
+            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            temporary.chmod(0o755)
+            os.rename(temporary, path)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not (path / "meta.json").exists():  # otherwise another process was faster: the same content
+                raise InputError(f"data.cache_dir {path.parent}: {error.strerror}.") from None
+    return Store(path)
+
+
+def wait_for(path: Path, *, poll_s: float = 0.2) -> Store:
+    """Wait, outside any collective, until another process has built the store at `path`."""
+    while not (path / "meta.json").exists():
+        time.sleep(poll_s)
+    return Store(path)

@@ -1,0 +1,57 @@
+"""The vocabulary of the package: what a reader yields, what a batch holds, what a user's error is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # an error message should not cost the import of torch
+    import torch
+
+IGNORE_INDEX = -100  # a label with this value counts for nothing, as in torch.nn.functional.cross_entropy
+
+
+class InputError(ValueError):
+    """A mistake of the user's: names the file, record or option and the remedy; ends with exit code 2."""
+
+
+class Answer(NamedTuple):
+    """A gold answer: `context[start:start + len(text)] == text`, start in characters."""
+
+    text: str
+    start: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. No answers means that the context does not answer it."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[Answer, ...] = ()
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass takes. B rows, L tokens (padded); a DataLoader can pin it as it is.
+
+    inputs: keyword arguments of the model, each (B, L) int64.
+    labels: what the loss needs beside the logits, int64, IGNORE_INDEX where a label counts for nothing.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: dict[str, torch.Tensor]
+
+
+class StepBatch(NamedTuple):
+    """This rank's share of one optimizer step, and the size of the whole step over all ranks.
+
+    count: what the summed loss of all ranks is divided by (windows, or target tokens).
+    examples, tokens, padded_tokens: totals over all ranks, for the log.
+    """
+
+    micro_batches: list[MicroBatch]
+    count: int
+    examples: int
+    tokens: int
+    padded_tokens: int

@@ -1,0 +1,1 @@
+"""What is trained: modules that return logits, and losses that are sums."""

@@ -1,0 +1,76 @@
+"""A folder or hub name -> (model, tokenizer), and back. Errors say what to do on a machine without network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plainloop.data.types import InputError
+
+
+def load_tokenizer(path: str) -> Any:
+    """The fast tokenizer of a model folder or hub name. Raises InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(_cannot_load("tokenizer", path, error)) from None
+    if not tokenizer.is_fast or not len(tokenizer):
+        raise InputError(
+            f"model.path {path}: has no fast tokenizer, which span offsets need; add a tokenizer.json to the folder."
+        )
+    return tokenizer
+
+
+def load_network(auto_class: Any, path: str, *, head: str | None = None, **overrides: Any) -> Any:
+    """`auto_class.from_pretrained(path)` in fp32 with config overrides; quiet about a new head, loud about the rest.
+
+    head: prefix of the parameters that may be new. Raises InputError when the model can't be loaded, or when
+    other weights are missing: an encoder with random layers would train in silence.
+    """
+    import torch
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        for key, value in overrides.items():
+            if not hasattr(config, key):
+                raise InputError(
+                    f"model.path {path}: a {config.model_type} has no '{key}'; leave that option out."
+                )
+            setattr(config, key, value)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            network, info = auto_class.from_pretrained(
+                path, config=config, dtype=torch.float32, output_loading_info=True
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(_cannot_load("model", path, error)) from None
+    lost = sorted(key for key in info["missing_keys"] if not (head and key.startswith(head)))
+    if lost or info["mismatched_keys"]:
+        names = ", ".join(lost[:3]) or str(sorted(info["mismatched_keys"])[0])
+        raise InputError(
+            f"model.path {path}: weights are missing or of another shape ({names} ...); wrong folder?"
+        )
+    return network
+
+
+def _cannot_load(what: str, path: str, error: Exception) -> str:
+    folder = Path(path)
+    reason = " ".join(str(error).split())[:200]
+    if folder.is_dir():
+        return f"model.path {path}: no {what} can be loaded from this folder: {reason}"
+    if "/" in path and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        return f"model.path {path}: no such folder."
+    return (
+        f"model.path {path}: no such folder, and the {what} could not be had from the hub ({reason}). On a machine"
+        f" without network, download it elsewhere (hf download {path} --local-dir FOLDER) and give that folder."
+    )

@@ -1,0 +1,61 @@
+"""Extractive question answering: any encoder with a start/end head. Logits out; the loss is a sum beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from plainloop.data.types import IGNORE_INDEX, InputError
+from plainloop.models.load import load_network
+
+HEAD = "qa_outputs"  # what transformers calls the start/end head in its *ForQuestionAnswering classes
+
+
+class SpanModel(nn.Module):
+    """A transformers *ForQuestionAnswering network (encoder without pooler) that returns logits and nothing else.
+
+    Same parameters and names inside, so a checkpoint of ours loads there and the other way round.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """inputs: (B, L) int64 -> start and end logits (B, L, 2), fp32, -inf-like on padding."""
+        output = self.network(**inputs, return_dict=True)
+        logits = torch.stack([output.start_logits, output.end_logits], dim=-1).float()
+        padding = inputs["attention_mask"].unsqueeze(-1) == 0
+        return logits.masked_fill(padding, torch.finfo(torch.float32).min)
+
+
+def load_span_model(
+    path: str, *, dropout: float | None = None, attention_dropout: float | None = None
+) -> SpanModel:
+    """From a folder or hub name; the head is new unless the checkpoint has one. Dropouts override the config's."""
+    from transformers import AutoModelForQuestionAnswering
+
+    overrides = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    network = load_network(AutoModelForQuestionAnswering, path, head=HEAD, **overrides)
+    if not hasattr(network, HEAD) or getattr(network, HEAD).out_features != 2:
+        raise InputError(
+            f"model.path {path}: {type(network).__name__} has no two-column start/end head ({HEAD}); "
+            "use an encoder such as BERT, RoBERTa, ELECTRA or DeBERTa."
+        )
+    return SpanModel(network)
+
+
+def span_loss_sum(logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    """(CE(start) + CE(end)) / 2, summed over the windows of the micro-batch; fp32 scalar.
+
+    logits: (B, L, 2); labels start, end: (B,), IGNORE_INDEX for a window that counts for nothing.
+    """
+    start, end = (
+        functional.cross_entropy(logits[..., i], labels[name], ignore_index=IGNORE_INDEX, reduction="sum")
+        for i, name in enumerate(("start", "end"))
+    )
+    return (start + end) / 2

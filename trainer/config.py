@@ -1,0 +1,313 @@
+"""Everything a user can set: frozen dataclasses, one for each concern. YAML file + dotted overrides.
+
+plainloop train --config squad.yaml --optim.lr 3e-5
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from plainloop.data.types import InputError
+
+T = TypeVar("T")
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A field of a config with its line of --help; a callable default makes the value anew."""
+    values = {"default_factory": default} if callable(default) else {"default": default}
+    return field(metadata={"help": help_text}, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network that is trained."""
+
+    path: str = option("roberta-base", "folder, or hub name")
+    dropout: float | None = option(None, "override of the config's hidden dropout")
+    attention_dropout: float | None = option(None, "override of the config's attention dropout")
+    activation_checkpointing: bool = option(
+        False, "recompute activations in backward: less memory, a third slower"
+    )
+    compile: bool = option(False, "torch.compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on and evaluated on."""
+
+    train: str | None = option(None, "SQuAD JSON, or a folder saved by datasets")
+    dev: str | None = option(None, "the same; without it nothing is evaluated")
+    limit: int | None = option(None, "train on this many questions, drawn once, whatever the seed")
+    max_length: int = option(384, "tokens of a window, question included")
+    stride: int = option(128, "tokens that neighbouring windows share")
+    bucket: int = option(50, "sort by length inside windows of bucket x batch_size rows; 0: no sorting")
+    cache_dir: str | None = option(None, "tokenised data; default $PLAINLOOP_CACHE or ~/.cache/plainloop")
+    processes: int | None = option(None, "for tokenising; default: the cores this process may use")
+    workers: int = option(0, "loader processes of each rank; slicing is cheap, so 0 is often best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule and clipping."""
+
+    lr: float = option(3e-5, "")
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "")
+    warmup: float = option(0.1, "share of all steps (below 1), or steps")
+    weight_decay: float = option(0.01, "not on biases and norm weights")
+    betas: tuple[float, float] = option((0.9, 0.999), "")
+    eps: float = option(1e-8, "")
+    max_grad_norm: float = option(1.0, "0: no clipping")
+    max_nonfinite_steps: int = option(10, "stop after so many NaN or Inf steps in a row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How and how often the dev data is evaluated."""
+
+    every_steps: int | None = option(None, "default: once an epoch; 0: only at the end")
+    tokens_per_device: int | None = option(None, "padded tokens of one batch; default: twice the training's")
+    max_answer_length: int = option(30, "tokens of the longest answer")
+    null_threshold: float = option(0.0, "predict '' when null - best score is more")
+    num_best: int = option(0, "entries in nbest_predictions.json; 0: no such file")
+    best_metric: str = option("f1", "selects RUN/best; larger is better, except for a name ending in 'loss'")
+    early_stopping: int = option(0, "end after so many evaluations without a better best_metric; 0: never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which are kept."""
+
+    every_steps: int | None = option(None, "default: once an epoch; 0: only at the end")
+    keep_last: int = option(2, "beside the best")
+    allow_changes: list[str] = option(list, "options that may differ from the checkpoint's on resume")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported."""
+
+    every_steps: int = option(10, "")
+    tensorboard: bool = option(True, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run. batch_size is global: ranks and micro-batches are derived from it and from tokens_per_device."""
+
+    run_dir: str = option("runs/default", "an existing run folder is continued")
+    task: Literal["span"] = option("span", "")
+    batch_size: int = option(32, "rows in one optimizer step, over all ranks")
+    tokens_per_device: int | None = option(
+        None, "padded tokens of a micro-batch; default 8192 (CPU: 2048). Same curve"
+    )
+    epochs: int = option(2, "")
+    max_steps: int | None = option(None, "end here instead of after `epochs`")
+    stop_at_step: int | None = option(
+        None, "stop with a checkpoint, to be continued; the schedule does not change"
+    )
+    seed: int = option(42, "")
+    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "")
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "")
+    timeout_s: int = option(600, "a rank that waits longer for the others gives up")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# A resumed run may change these: they alter where and how often, not what is computed.
+FREE_ON_RESUME = {
+    "run_dir", "tokens_per_device", "stop_at_step", "device", "timeout_s", "model.activation_checkpointing",
+    "model.compile", "data.train", "data.dev", "data.cache_dir", "data.processes", "data.workers", "evaluation",
+    "checkpoint", "log",
+}  # fmt: skip
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """All faults of the values at once, as one InputError."""
+    faults = [
+        f"{name} is {value}, it must be {rule}"
+        for name, value, ok, rule in (
+            (
+                "data.train",
+                config.data.train,
+                bool(config.data.train),
+                "a SQuAD file or a saved datasets folder",
+            ),
+            ("batch_size", config.batch_size, config.batch_size > 0, "at least 1"),
+            (
+                "tokens_per_device",
+                config.tokens_per_device,
+                (config.tokens_per_device or 1) > 0,
+                "at least 1",
+            ),
+            ("epochs", config.epochs, config.epochs > 0, "at least 1"),
+            ("max_steps", config.max_steps, (config.max_steps or 1) > 0, "at least 1"),
+            ("seed", config.seed, 0 <= config.seed < 2**63, "between 0 and 2**63 - 1"),
+            ("data.limit", config.data.limit, (config.data.limit or 1) > 0, "at least 1"),
+            ("data.bucket", config.data.bucket, config.data.bucket >= 0, "at least 0"),
+            ("data.workers", config.data.workers, config.data.workers >= 0, "at least 0"),
+            ("optim.lr", config.optim.lr, config.optim.lr > 0, "more than 0"),
+            ("optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "at least 0"),
+            ("optim.weight_decay", config.optim.weight_decay, config.optim.weight_decay >= 0, "at least 0"),
+            (
+                "optim.max_grad_norm",
+                config.optim.max_grad_norm,
+                config.optim.max_grad_norm >= 0,
+                "at least 0",
+            ),
+            (
+                "checkpoint.keep_last",
+                config.checkpoint.keep_last,
+                config.checkpoint.keep_last > 0,
+                "at least 1",
+            ),
+            ("log.every_steps", config.log.every_steps, config.log.every_steps > 0, "at least 1"),
+            ("timeout_s", config.timeout_s, config.timeout_s > 0, "at least 1"),
+        )
+        if not ok
+    ]
+    for section in ("evaluation", "checkpoint"):
+        every = getattr(config, section).every_steps
+        if every is not None and every < 0:
+            faults.append(f"{section}.every_steps is {every}, it must be at least 0")
+    if config.evaluation.early_stopping and not config.data.dev:
+        faults.append("evaluation.early_stopping needs data.dev")
+    if faults:
+        raise InputError("; ".join(faults))
+
+
+def option_names(kind: type, prefix: str = "") -> dict[str, type]:
+    """Dotted names of all options of a config class -> their types; sections are there too."""
+    names: dict[str, type] = {}
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        names[prefix + item.name] = hint
+        if dataclasses.is_dataclass(hint):
+            names |= option_names(typing.cast(type, hint), f"{prefix}{item.name}.")
+    return names
+
+
+def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
+    """Command line (with --config FILE and dotted overrides) -> an instance of the config class.
+
+    Raises InputError in one line for an unknown, doubled or ill-typed option; --help prints and exits.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    names = option_names(kind)
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name not in {*names, "config", "help", "print_config"}:
+            raise InputError(f"unknown option --{name}{_nearest(name, names)}")
+        if name == "config" and argument.startswith("--"):
+            _check_yaml(value or next(iter(arguments[i + 1 :]), ""), names)
+    parser = ArgumentParser(prog=program, description=kind.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    _add_options(parser, kind)
+    try:
+        values = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).removeprefix("Parser key ").split())) from None
+    return from_dict(kind, values.as_dict())
+
+
+def _add_options(parser: Any, kind: type, prefix: str = "") -> None:
+    for item in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[item.name]
+        if dataclasses.is_dataclass(hint):
+            _add_options(parser, typing.cast(type, hint), f"{item.name}.")
+        else:
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            parser.add_argument(
+                f"--{prefix}{item.name}", type=hint, default=default, help=item.metadata["help"]
+            )
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """Nested values -> config object; keys that are no fields are left out (they were checked before)."""
+    hints = typing.get_type_hints(kind)
+    known = {}
+    for item in dataclasses.fields(typing.cast(Any, kind)):
+        if item.name in values:
+            value, hint = values[item.name], hints[item.name]
+            known[item.name] = from_dict(hint, value) if dataclasses.is_dataclass(hint) else value
+    return kind(**known)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as a YAML file that `--config` reads back."""
+    values = dataclasses.asdict(config)
+    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'optim': {'lr': 1}} -> {'optim.lr': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: _plain(value)}
+        )
+    return flat
+
+
+def config_differences(now: TrainConfig, before: dict[str, Any]) -> list[str]:
+    """Options that would change the mathematics of a resumed run, as 'name: before -> now'."""
+    old, new = flatten(before), flatten(dataclasses.asdict(now))
+    free = FREE_ON_RESUME | set(now.checkpoint.allow_changes)
+    return [
+        f"{name}: {old.get(name)} -> {new[name]}"
+        for name in new
+        if new[name] != old.get(name) and name not in free and name.partition(".")[0] not in free
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _nearest(name: str, names: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else "; see --help."
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that occurs twice is an error, not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"line {node.start_mark.line + 1}: '{key}' is there twice; keep one.")
+        return super().construct_mapping(node, deep)
+
+
+def _check_yaml(path: str, names: dict[str, type]) -> None:
+    """An unknown or doubled key of the file is an error that names file and key."""
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: no such file.")
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a config: the top level must be 'option: value' lines.")
+    for name in flatten(values):
+        if name not in names:
+            raise InputError(f"{path}: unknown option '{name}'{_nearest(name, names)}")

@@ -1,0 +1,150 @@
+"""Evaluation of a span model: every window once, on some rank; scored once, on rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from plainloop.data.answers import Prediction, Spans, answers, best_spans
+from plainloop.data.loader import Collate
+from plainloop.data.samplers import deal
+from plainloop.data.store import Store
+from plainloop.data.types import Example, InputError
+from plainloop.trainer.checkpoint import write_atomically
+from plainloop.trainer.config import EvaluationConfig
+from plainloop.trainer.distributed import World, gather_arrays, sum_over_ranks
+from plainloop.trainer.metrics import squad_scores
+from plainloop.trainer.precision import autocast
+
+
+def decode(
+    model: nn.Module,
+    store: Store,
+    collate: Collate,
+    loss_sum: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    *,
+    world: World,
+    precision: str,
+    tokens: int,
+    config: EvaluationConfig,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Spans, float] | None:
+    """All ranks, no collective before the end. This rank's best spans and its sum of losses.
+
+    None when should_stop() said so at a batch boundary (it must say the same on all ranks).
+    """
+    micro_batches = deal(np.arange(len(store)), store.lengths, world_size=world.size, tokens=tokens)
+    parts: list[Spans] = []
+    total_loss = 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), _bar(sum(map(len, micro_batches[world.rank])), world) as bar:
+            # All ranks ask equally often, also one that has fewer micro-batches.
+            for i in range(max(map(len, micro_batches))):
+                if should_stop():
+                    return None
+                if i >= len(micro_batches[world.rank]):
+                    continue
+                rows = micro_batches[world.rank][i]
+                inputs, labels = (
+                    {name: tensor.to(world.device) for name, tensor in part.items()} for part in collate(rows)
+                )
+                with autocast(precision, world.device):
+                    logits = model(**inputs)
+                total_loss += loss_sum(logits, labels).item()
+                parts.append(_best(logits, rows, store, config))
+                bar.update(len(rows))
+    finally:
+        model.train(was_training)
+    if not parts:  # more ranks than micro-batches
+        return _best(torch.zeros(0, 1, 2), np.zeros(0, dtype=np.int64), store, config), 0.0
+    width = max(part.score.shape[1] for part in parts)
+    padded = [
+        Spans(p.row, p.null, *(_widen(a, width) for a in (p.score, p.char_start, p.char_end))) for p in parts
+    ]
+    return Spans(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True))), total_loss
+
+
+def evaluate_spans(
+    decoded: tuple[Spans, float],
+    examples: Sequence[Example],
+    store: Store,
+    *,
+    config: EvaluationConfig,
+) -> tuple[dict[str, float], list[Prediction]] | None:
+    """All ranks. Gather every rank's spans; rank 0 returns (metrics, predictions), the others None."""
+    spans, loss = decoded
+    total_loss = sum_over_ranks(torch.tensor(loss, dtype=torch.float64)).item()
+    parts = gather_arrays(spans._asdict())
+    if parts is None:
+        return None
+    width = max(part["score"].shape[1] for part in parts)
+    merged = Spans(*(np.concatenate([_widen(part[name], width) for part in parts]) for name in Spans._fields))
+    predictions = answers(merged, examples, store, threshold=config.null_threshold, num_best=config.num_best)
+    ids = [example.id for example in examples]
+    metrics = squad_scores(
+        examples,
+        {i: p.text for i, p in zip(ids, predictions, strict=True)},
+        score_diff={i: p.score_diff for i, p in zip(ids, predictions, strict=True)},
+        best_texts={i: p.best for i, p in zip(ids, predictions, strict=True)},
+    )
+    return metrics | {"loss": total_loss / len(store)}, predictions
+
+
+def write_predictions(
+    folder: Path, examples: Sequence[Example], predictions: Sequence[Prediction], metrics: dict[str, float]
+) -> None:
+    """Rank 0 only. The files that the official script reads, and the metrics. Raises InputError."""
+    files: dict[str, Any] = {
+        "predictions.json": {e.id: p.text for e, p in zip(examples, predictions, strict=True)},
+        "null_odds.json": {e.id: p.score_diff for e, p in zip(examples, predictions, strict=True)},
+        "metrics.json": metrics,
+    }
+    if predictions and predictions[0].nbest:
+        files["nbest_predictions.json"] = {e.id: p.nbest for e, p in zip(examples, predictions, strict=True)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            write_atomically(folder / name, json.dumps(value, indent=1, ensure_ascii=False))
+    except OSError as error:
+        raise InputError(
+            f"{folder}: {error.strerror}; choose a writable folder for the predictions."
+        ) from None
+
+
+def _best(logits: Tensor, rows: np.ndarray, store: Store, config: EvaluationConfig) -> Spans:
+    return best_spans(
+        logits.float().cpu().numpy(),
+        rows,
+        store,
+        max_answer_length=config.max_answer_length,
+        num_best=max(1, config.num_best),
+    )
+
+
+def _widen(array: np.ndarray, width: int) -> np.ndarray:
+    """(B, K) -> (B, width): short windows have fewer spans than the n-best list asks for. (B,) stays."""
+    if array.ndim == 1 or array.shape[1] == width:
+        return array
+    fill = -np.inf if array.dtype.kind == "f" else 0
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
+
+
+def _bar(total: int, world: World) -> tqdm[None]:
+    return tqdm(
+        total=total,
+        desc="evaluate",
+        unit="w",
+        delay=2,
+        mininterval=1,
+        disable=None if world.is_main else True,
+        leave=False,
+    )

@@ -1,0 +1,91 @@
+"""What a run tells: lines on the console (above a tqdm bar on a terminal), metrics.jsonl, TensorBoard. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from plainloop.trainer.checkpoint import write_atomically
+
+# What a log line shows, and how; other values go to the files alone.
+COLUMNS = {
+    "epoch": "epoch {:.2f}", "loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "grad {:.2f}",
+    "examples_per_s": "{:.1f} ex/s", "tokens_per_s": "{:.0f} tok/s", "padding": "pad {:.1%}",
+    "waiting": "wait {:.1%}", "memory_gb": "{:.2f} GB", "skipped": "SKIPPED {} non-finite steps",
+}  # fmt: skip
+
+
+class Log:
+    """Open for the length of a run. On ranks other than 0 every call does nothing."""
+
+    def __init__(self, run_dir: Path, *, enabled: bool, tensorboard: bool) -> None:
+        self._enabled = enabled
+        self._file = run_dir / "metrics.jsonl"
+        self._tensorboard_dir = run_dir / "tensorboard" if tensorboard else None
+        self._writer: Any = None
+        self._bar: tqdm[None] | None = None
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if self._enabled:
+            tqdm.write(text, file=sys.stderr) if self._bar is not None else print(
+                text, file=sys.stderr, flush=True
+            )
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Rank 0 only. Forget what was recorded after `step`: a resumed run writes it again, with the same values."""
+        if not self._enabled:
+            return
+        if self._file.exists():
+            kept = [
+                line for line in self._file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step
+            ]
+            write_atomically(self._file, "".join(line + "\n" for line in kept))
+        if self._tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=step + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", mininterval=1)
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl and the same as TensorBoard scalars `kind/name`. Not-finite values are text."""
+        if not self._enabled:
+            return
+        safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with open(self._file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+            self._writer.flush()
+
+    def train_line(self, step: int, total_steps: int, values: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        shown = [text.format(values[name]) for name, text in COLUMNS.items() if values.get(name) is not None]
+        left = time.strftime("%H:%M:%S", time.gmtime(values["left_s"] % 86400))
+        days = f"{int(values['left_s'] // 86400)}d " if values["left_s"] >= 86400 else ""
+        self.say(f"step {step}/{total_steps}  " + "  ".join(shown) + f"  left {days}{left}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _step_of(line: str) -> float:
+    """A line that was cut by a kill counts as too new."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,139 @@
+"""The loop. One optimizer step is one page: the only backward() and the only optimizer.step() of the package."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from plainloop.data.types import StepBatch
+from plainloop.trainer.distributed import World
+from plainloop.trainer.precision import autocast, guarded_step
+from plainloop.trainer.state import TrainState
+
+
+class Verdict(enum.Enum):
+    """How a run ended; the command line makes an exit code of it."""
+
+    COMPLETED = 0
+    STOPPED = 75  # with a checkpoint, to be continued
+
+
+@dataclass
+class Traffic:
+    """What went through the loop since the start of this process, all ranks together."""
+
+    examples: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    waiting_s: float = 0.0  # for data, on this rank
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What train_step is told once."""
+
+    loss_sum: Callable[
+        [Tensor, dict[str, Tensor]], Tensor
+    ]  # logits, labels -> fp32 scalar, summed over the rows
+    lr: Callable[[int], float]
+    world: World
+    seed: int
+    precision: str
+    max_grad_norm: float
+
+
+@dataclass
+class Progress:
+    """What hooks see at a step boundary: after `state.step` steps of `total_steps`."""
+
+    state: TrainState
+    total_steps: int
+    steps_per_epoch: int
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+Hook = Callable[[Progress], None]
+
+
+def fit(
+    progress: Progress, batches: Iterator[StepBatch], hooks: Sequence[Hook], options: StepOptions
+) -> Verdict:
+    """All ranks. Hooks run at every step boundary, the first and the last included, in order.
+
+    So the evaluation and the checkpoint at the end are the last pass of the same loop, and a resumed run first
+    does what was due when it was stopped.
+    """
+    state, traffic = progress.state, progress.traffic
+    while True:
+        for hook in hooks:
+            hook(progress)
+        if state.step == progress.total_steps:
+            return Verdict.COMPLETED
+        if state.stop:
+            return Verdict.STOPPED
+        asked = time.perf_counter()
+        batch = next(batches)
+        traffic.waiting_s += time.perf_counter() - asked
+        train_step(state, batch, options)
+        traffic.examples += batch.examples
+        traffic.tokens += batch.tokens
+        traffic.padded_tokens += batch.padded_tokens
+        state.step += 1
+
+
+def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> None:
+    """All ranks. One optimizer step on a global batch; nothing in it waits for the device.
+
+    Gradient = d/dw [sum of losses over all rows of all ranks] / batch.count. DDP averages over ranks, so each rank
+    multiplies by world size; the division by the global count happens here and nowhere else.
+    """
+    world, last = options.world, len(batch.micro_batches) - 1
+    for group in state.optimizer.param_groups:
+        group["lr"] = options.lr(state.step)
+    for i, micro_batch in enumerate(batch.micro_batches):
+        inputs, labels = (
+            {name: tensor.to(state.device, non_blocking=True) for name, tensor in part.items()}
+            for part in micro_batch
+        )
+        torch.manual_seed(dropout_seed(options.seed, state.step, world.rank, i))
+        with _sync_only(state.wrapped, i == last):
+            with autocast(options.precision, state.device):
+                logits = state.wrapped(**inputs)
+            loss = options.loss_sum(logits, labels)
+            # A loss of NaN or Inf makes NaN of every gradient; summed over ranks, all of them see it and skip.
+            visible = torch.where(loss.isfinite(), 1.0, torch.nan)
+            state.scaler.scale(loss * visible * (world.size / batch.count)).backward()
+        state.loss_sum += loss.detach()
+
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    state.grad_norm = get_total_norm(gradients)
+    if options.max_grad_norm:
+        clip_grads_with_norm_(state.model.parameters(), options.max_grad_norm, state.grad_norm)
+    nonfinite = ~state.grad_norm.isfinite()
+    guarded_step(state.optimizer, state.scaler, nonfinite)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.nonfinite_run = (state.nonfinite_run + 1) * nonfinite
+    state.nonfinite_total = state.nonfinite_total + nonfinite
+    state.loss_count += batch.count
+
+
+def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """A 64-bit seed that depends on nothing else, so there is no generator state to save or to lose."""
+    return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
+
+
+def _sync_only(wrapped: torch.nn.Module, sync: bool) -> contextlib.AbstractContextManager[None]:
+    """Gradients cross the network in the last micro-batch alone."""
+    if sync or not isinstance(wrapped, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return wrapped.no_sync()

@@ -1,0 +1,110 @@
+"""Scores, as pure functions. SQuAD 2.0: the figures of the official evaluate-v2.0 script to the last digit.
+
+Formulas: Rajpurkar et al. 2018 and its published script. Percent, 0-100.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from plainloop.data.types import Example
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@lru_cache(maxsize=1 << 16)
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, without articles, single blanks: in this order."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(gold: str, predicted: str) -> int:
+    return int(normalize_answer(gold) == normalize_answer(predicted))
+
+
+def token_f1(gold: str, predicted: str) -> float:
+    """F1 over bags of normalised tokens; when either side is empty: 1 if both are, else 0."""
+    gold_tokens, predicted_tokens = normalize_answer(gold).split(), normalize_answer(predicted).split()
+    if not gold_tokens or not predicted_tokens:
+        return int(gold_tokens == predicted_tokens)
+    common = sum((Counter(gold_tokens) & Counter(predicted_tokens)).values())
+    if common == 0:
+        return 0
+    precision, recall = common / len(predicted_tokens), common / len(gold_tokens)
+    return 2 * precision * recall / (precision + recall)
+
+
+def squad_scores(
+    examples: Sequence[Example],
+    predictions: Mapping[str, str],
+    *,
+    score_diff: Mapping[str, float] | None = None,
+    best_texts: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """The official figures, in the official order.
+
+    predictions: id -> text ("" is unanswerable; a missing id counts as ""). With score_diff (id -> null - best),
+    best_exact and best_f1 over all thresholds are added, judged on best_texts (default: predictions).
+    """
+    exact, f1 = _per_question(examples, predictions)
+    scores = _averages("", exact, f1, [e.id for e in examples])
+    for prefix, answerable in (("HasAns_", True), ("NoAns_", False)):
+        ids = [e.id for e in examples if bool(e.answers) == answerable]
+        if ids:
+            scores |= _averages(prefix, exact, f1, ids)
+    if score_diff is not None:
+        texts = predictions if best_texts is None else best_texts
+        raw = dict(
+            zip(("exact", "f1"), _per_question(examples, texts) if best_texts else (exact, f1), strict=True)
+        )
+        for name, values in raw.items():
+            scores[f"best_{name}"], scores[f"best_{name}_thresh"] = _best(examples, values, texts, score_diff)
+    return scores
+
+
+def _per_question(
+    examples: Sequence[Example], predictions: Mapping[str, str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    exact: dict[str, float] = {}
+    f1: dict[str, float] = {}
+    for example in examples:
+        golds = [a.text for a in example.answers if normalize_answer(a.text)] or [""]
+        predicted = predictions.get(example.id, "")
+        exact[example.id] = max(exact_match(gold, predicted) for gold in golds)
+        f1[example.id] = max(token_f1(gold, predicted) for gold in golds)
+    return exact, f1
+
+
+def _averages(
+    prefix: str, exact: dict[str, float], f1: dict[str, float], ids: Sequence[str]
+) -> dict[str, float]:
+    return {
+        f"{prefix}exact": 100.0 * sum(exact[i] for i in ids) / len(ids),
+        f"{prefix}f1": 100.0 * sum(f1[i] for i in ids) / len(ids),
+        f"{prefix}total": len(ids),
+    }
+
+
+def _best(
+    examples: Sequence[Example],
+    raw: dict[str, float],
+    texts: Mapping[str, str],
+    score_diff: Mapping[str, float],
+) -> tuple[float, float]:
+    """Best mean score over all thresholds on score_diff, and the first threshold that reaches it.
+
+    Start from "everything is unanswerable" and let questions speak in the order of their score_diff.
+    """
+    answerable = {e.id: bool(e.answers) for e in examples}
+    current: float = sum(not value for value in answerable.values())
+    best, threshold = current, 0.0
+    for i in sorted(answerable, key=lambda i: score_diff.get(i, 0.0)):
+        current += raw[i] if answerable[i] else (-1 if texts.get(i) else 0)
+        if current > best:
+            best, threshold = current, score_diff.get(i, 0.0)
+    return 100.0 * best / len(answerable), threshold

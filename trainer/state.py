@@ -1,0 +1,57 @@
+"""TrainState: all that changes while a run goes on. Everything else is a function of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class TrainState:
+    """model is the bare module; wrapped is what forward passes go through (DDP, compiled, or the same).
+
+    The four counters live on the device and are read only when a line is logged: loss_sum (fp64, this rank's share
+    since the last line), grad_norm (of the last step), nonfinite_run and nonfinite_total (steps that were skipped).
+    loss_count is what loss_sum, over all ranks, is to be divided by.
+    """
+
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    step: int = 0
+    loss_count: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    stop: str | None = None  # why to stop at this boundary
+    loss_sum: torch.Tensor = field(init=False)
+    grad_norm: torch.Tensor = field(init=False)
+    nonfinite_run: torch.Tensor = field(init=False)
+    nonfinite_total: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.nonfinite_run = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.nonfinite_total = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Optimizer state as '<parameter>/<key>' -> tensor."""
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse; every tensor must belong to a parameter, and every parameter must get the same keys."""
+        parameters = dict(self.model.named_parameters())
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for path, tensor in tensors.items():
+            name, _, key = path.rpartition("/")
+            states.setdefault(name, {})[key] = tensor.to(parameters[name].device)
+        for name, state in states.items():
+            self.optimizer.state[parameters[name]] = state
