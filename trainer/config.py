@@ -105,7 +105,7 @@ class TrainConfig:
     task: Literal["span"] = option("span", "")
     batch_size: int = option(32, "rows in one optimizer step, over all ranks")
     tokens_per_device: int | None = option(
-        None, "padded tokens of a micro-batch; default 8192 (CPU: 2048). Same curve"
+        None, "padded tokens of a micro-batch; default 8192 (CPU: 4096). Same curve"
     )
     epochs: int = option(2, "")
     max_steps: int | None = option(None, "end here instead of after `epochs`")

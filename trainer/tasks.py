@@ -17,6 +17,7 @@ from plainloop.data.samplers import Sampler
 from plainloop.data.squad import read_squad
 from plainloop.data.store import Store
 from plainloop.data.types import Example, InputError
+from plainloop.models.cpu import speed_up_dropout
 from plainloop.models.load import load_tokenizer
 from plainloop.models.spans import SpanModel, load_span_model, span_loss_sum
 from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig
@@ -50,6 +51,8 @@ class SpanTask:
         model = load_span_model(path, dropout=config.dropout, attention_dropout=config.attention_dropout)
         if config.activation_checkpointing:
             model.network.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.world.device.type == "cpu":
+            speed_up_dropout(model.network)
         return model
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
