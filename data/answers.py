@@ -1,7 +1,8 @@
-"""Span logits -> answers: the inverse of features. numpy only, vectorised over windows, exhaustive over spans.
+"""Span logits -> answers: the inverse of features. numpy only, vectorised over windows, exhaustive over
+spans.
 
-Two halves: `best_spans` runs where the logits are (any rank) and turns a batch into a few numbers for each window;
-`answers` runs once, on all windows of a data set, and turns those into texts.
+Two halves: `best_spans` runs where the logits are (any rank) and turns a batch into a few numbers for each
+window; `answers` runs once, on all windows of a data set, and turns those into texts.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def best_spans(
 
     logits: (B, L, 2) float32. Ties: the earlier start, then the shorter span.
 
-    A span among the K best has one of the K best starts (each start judged by its best end), so K * M sums are
-    enough for an exact answer (K best, M the longest answer); the best end of every start is a sliding maximum.
+    A span among the K best has one of the K best starts (each start judged by its best end), so K * M sums
+    are enough for an exact answer (K best, M the longest answer); the best end of every start is a sliding
+    maximum.
     """
     context = np.asarray(store.arrays["context"][rows])
     position = np.arange(logits.shape[1])
@@ -110,8 +112,8 @@ def answers(
 ) -> list[Prediction]:
     """One Prediction for each example, from the spans of all windows (any order, each window exactly once).
 
-    Predicts "" iff score_diff = null - best > threshold; null is the least over the windows of a question, best the
-    highest span over them (ties: the earlier window). Without any valid span the text is "".
+    Predicts "" iff score_diff = null - best > threshold; null is the least over the windows of a question,
+    best the highest span over them (ties: the earlier window). Without any valid span the text is "".
     """
     order = np.argsort(spans.row, kind="stable")
     if not np.array_equal(spans.row[order], np.arange(len(store))):

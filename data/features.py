@@ -35,7 +35,7 @@ def question_limit(tokenizer: Any, *, max_length: int, stride: int) -> int:
     limit = (max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride) // 2
     if stride < 0 or limit < 8:
         raise InputError(
-            f"data.stride {stride} with data.max_length {max_length} leaves no room for a question and new context;"
+            f"data.stride {stride} with data.max_length {max_length} leaves no room for question and context;"
             f" make data.stride at most {max(max_length // 2, 0)} or data.max_length larger."
         )
     return limit

@@ -76,7 +76,7 @@ class Steps(Dataset[StepBatch]):
         micro_batches = [self.collate(share) for share in shares[self.rank]] or [self._empty(rows)]
         return StepBatch(
             micro_batches,
-            count=int(self.row_count[rows].sum()),
+            divisor=int(self.row_count[rows].sum()),
             examples=len(rows),
             tokens=int(lengths[rows].sum()),
             padded_tokens=padded_tokens(itertools.chain(*shares), lengths),
@@ -99,7 +99,9 @@ class Steps(Dataset[StepBatch]):
         return self._epoch[1][index]
 
     def _empty(self, rows: np.ndarray) -> MicroBatch:
-        """For a rank without a share: the shortest row with labels that count for nothing, so DDP never waits."""
+        """For a rank without a share: the shortest row with labels that count for nothing, so DDP never
+        waits.
+        """
         shortest = rows[[np.argmin(self.sampler.lengths[rows])]]
         inputs, labels = self.collate(shortest)
         return MicroBatch(
@@ -125,7 +127,7 @@ def step_batches(
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """torchrun signals the whole process group: a worker that died of it would take the stop request with it."""
+    """torchrun signals the whole process group: a worker that died of it would end the run too soon."""
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

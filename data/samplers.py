@@ -1,7 +1,8 @@
-"""Which rows an optimizer step sees, as pure functions: (seed, step) -> global batch -> a rank's micro-batches.
+"""Which rows an optimizer step sees, as pure functions: (seed, step) -> global batch -> a rank's
+micro-batches.
 
-The global batch knows nothing of ranks and workers; only `split` does. So a run on one GPU, on four, or resumed on
-two follows the same batches.
+The global batch knows nothing of ranks and workers; only `split` does. So a run on one GPU, on four, or
+resumed on two follows the same batches.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Sampler:
         return self.epoch_batches(epoch)[index]
 
     def epoch_batches(self, epoch: int) -> list[np.ndarray]:
-        """All global batches of an epoch, in order. O(N log N), 0.1 s for 130,000 rows: keep it for the epoch."""
+        """All global batches of an epoch, in order. O(N log N), 0.1 s for 130,000 rows: keep it for the
+        epoch.
+        """
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         order = random.permutation(len(self.lengths))
         if self.bucket:
@@ -61,8 +64,9 @@ class Sampler:
 def split(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int) -> list[list[np.ndarray]]:
     """Micro-batches of a global batch for each rank.
 
-    Rows go longest first to the rank with the least padded tokens, then each share is cut into micro-batches of at
-    most `tokens` padded tokens. An empty share is [], and its rank runs a micro-batch that counts for nothing.
+    Rows go longest first to the rank with the least padded tokens, then each share is cut into micro-batches
+    of at most `tokens` padded tokens. An empty share is [], and its rank runs a micro-batch that counts for
+    nothing.
     """
     order = _longest_first(rows, lengths)
     shares = _least_loaded(order, [padded(int(n)) for n in lengths[order]], world_size)
@@ -79,7 +83,9 @@ def deal(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int)
 
 
 def cut(rows: np.ndarray, lengths: np.ndarray, *, tokens: int) -> list[np.ndarray]:
-    """Cut rows, longest first, into micro-batches of at most `tokens` padded tokens (one row alone may have more)."""
+    """Cut rows, longest first, into micro-batches of at most `tokens` padded tokens (one row alone may have
+    more).
+    """
     micro_batches: list[np.ndarray] = []
     start = 0
     while start < len(rows):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from plainloop.data.types import InputError
 
 
 class Store:
-    """Arrays of a store folder, opened read-only. `lengths` (N,) in tokens; `starts` (N,) index flat arrays."""
+    """Arrays of a store folder, opened read-only. lengths (N,) in tokens; starts (N,) index flat arrays."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,7 +42,7 @@ class Store:
 
 
 def digest(*parts: Any) -> str:
-    """Hex digest of JSON-able parts; a Path stands for its content (a folder: for all its files' contents)."""
+    """Hex digest of JSON-able parts; a Path stands for its content (a folder: for all of its files')."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -68,7 +69,9 @@ def cache_folder(configured: str | None) -> Path:
 
 
 def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]) -> Store:
-    """Open the store at `path`; when there is none yet, make it. Safe beside other processes that do the same."""
+    """Open the store at `path`; when there is none yet, make it. Safe beside other processes that do the
+    same.
+    """
     if not (path / "meta.json").exists():
         arrays, meta = make()
         try:
@@ -91,8 +94,16 @@ def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, 
     return Store(path)
 
 
-def wait_for(path: Path, *, poll_s: float = 0.2) -> Store:
-    """Wait, outside any collective, until another process has built the store at `path`."""
+def wait_for(path: Path, *, poll_s: float = 0.2, tell_s: float = 300) -> Store:
+    """Wait, outside any collective, until another process has built the store; say so now and then."""
+    started = told = time.monotonic()
     while not (path / "meta.json").exists():
         time.sleep(poll_s)
+        if time.monotonic() - told > tell_s:
+            told = time.monotonic()
+            print(
+                f"waiting for rank 0 to tokenise ({told - started:.0f} s): {path}",
+                file=sys.stderr,
+                flush=True,
+            )
     return Store(path)

@@ -46,12 +46,12 @@ class MicroBatch(NamedTuple):
 class StepBatch(NamedTuple):
     """This rank's share of one optimizer step, and the size of the whole step over all ranks.
 
-    count: what the summed loss of all ranks is divided by (windows, or target tokens).
+    divisor: what the summed loss of all ranks is divided by (windows, or target tokens).
     examples, tokens, padded_tokens: totals over all ranks, for the log.
     """
 
     micro_batches: list[MicroBatch]
-    count: int
+    divisor: int
     examples: int
     tokens: int
     padded_tokens: int

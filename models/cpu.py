@@ -1,7 +1,9 @@
-"""Dropout that is cheap on a CPU. There torch draws a mask one number at a time: 40 % of a training step's time.
+"""Dropout that is cheap on a CPU. There torch draws a mask one number at a time: 40 % of a training step's
+time.
 
-`speed_up_dropout` swaps a network's dropout modules and its attention for versions that draw 16 random bits an
-element from the same generator (torch's, seeded as always). On a GPU nothing is swapped: its kernels are fused.
+`speed_up_dropout` swaps a network's dropout modules and its attention for versions that draw 16 random bits
+an element from the same generator (torch's, seeded as always). On a GPU nothing is swapped: its kernels are
+fused.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ SCALE_BITS = 15
 
 
 def cpu_dropout(x: Tensor, p: float) -> Tensor:
-    """Zero elements with probability p (to 1 / 2**15) and divide the others by 1 - p. x: any shape, on the CPU.
+    """Zero elements with probability p (to 1 / 2**15) and divide the others by 1 - p. x: any shape, on the
+    CPU.
 
-    The mask is made in place by integer operations that are vectorised: 15 random bits minus the threshold leave
-    their sign, and the sign selects the bits of 0 or of the scale.
+    The mask is made in place by integer operations that are vectorised: 15 random bits minus the threshold
+    leave their sign, and the sign selects the bits of 0 or of the scale.
     """
     threshold = round(p * 2**SCALE_BITS)
     scale = torch.tensor(2**SCALE_BITS / (2**SCALE_BITS - threshold), dtype=torch.bfloat16)
@@ -54,9 +57,11 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention with cheap dropout. query, key, value: (B, heads, L, d) -> (B, L, heads, d).
+    """Scaled dot-product attention with cheap dropout. query, key, value: (B, heads, L, d) -> (B, L, heads,
+    d).
 
-    attention_mask: None or bool (B, 1, L, L), True where a position may be seen. Without dropout: torch's own.
+    attention_mask: None or bool (B, 1, L, L), True where a position may be seen. Without dropout: torch's
+    own.
     """
     if dropout == 0.0:
         output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
@@ -70,7 +75,7 @@ def attention(
 
 
 def speed_up_dropout(network: Any) -> None:
-    """Swap dropout in place, and attention where the network takes a registered one (it has no parameters)."""
+    """Swap dropout in place, and attention where the network takes a registered one (no parameters)."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

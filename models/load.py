@@ -1,4 +1,4 @@
-"""A folder or hub name -> (model, tokenizer), and back. Errors say what to do on a machine without network."""
+"""A folder or hub name -> (model, tokenizer), and back. Errors say what to do without network."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def load_tokenizer(path: str) -> Any:
         raise InputError(_cannot_load("tokenizer", path, error)) from None
     if not tokenizer.is_fast or not len(tokenizer):
         raise InputError(
-            f"model.path {path}: has no fast tokenizer, which span offsets need; add a tokenizer.json to the folder."
+            f"model.path {path}: has no fast tokenizer, which offsets need; add a tokenizer.json to it."
         )
     return tokenizer
 
 
 def load_network(auto_class: Any, path: str, *, head: str | None = None, **overrides: Any) -> Any:
-    """`auto_class.from_pretrained(path)` in fp32 with config overrides; quiet about a new head, loud about the rest.
+    """`auto_class.from_pretrained(path)` in fp32 with config overrides; quiet about a new head, loud about
+    the rest.
 
     head: prefix of the parameters that may be new. Raises InputError when the model can't be loaded, or when
     other weights are missing: an encoder with random layers would train in silence.
@@ -71,6 +72,6 @@ def _cannot_load(what: str, path: str, error: Exception) -> str:
     if "/" in path and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         return f"model.path {path}: no such folder."
     return (
-        f"model.path {path}: no such folder, and the {what} could not be had from the hub ({reason}). On a machine"
-        f" without network, download it elsewhere (hf download {path} --local-dir FOLDER) and give that folder."
+        f"model.path {path}: no such folder, and the {what} could not be had from the hub ({reason})."
+        f" Without network: download it elsewhere (hf download {path} --local-dir FOLDER), give that folder."
     )

@@ -1,4 +1,4 @@
-"""Extractive question answering: any encoder with a start/end head. Logits out; the loss is a sum beside it."""
+"""Extractive question answering: any encoder with a start/end head. Logits out; the loss stands beside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ HEAD = "qa_outputs"  # what transformers calls the start/end head in its *ForQue
 
 
 class SpanModel(nn.Module):
-    """A transformers *ForQuestionAnswering network (encoder without pooler) that returns logits and nothing else.
+    """A transformers *ForQuestionAnswering network (encoder without pooler) that returns logits and nothing
+    else.
 
     Same parameters and names inside, so a checkpoint of ours loads there and the other way round.
     """
@@ -33,14 +34,14 @@ class SpanModel(nn.Module):
 
 
 def load_span_model(
-    path: str, *, dropout: float | None = None, attention_dropout: float | None = None
+    path: str, *, new_head: bool, dropout: float | None = None, attention_dropout: float | None = None
 ) -> SpanModel:
-    """From a folder or hub name; the head is new unless the checkpoint has one. Dropouts override the config's."""
+    """From a folder or hub name. new_head: the checkpoint may lack the head. Dropouts override its config."""
     from transformers import AutoModelForQuestionAnswering
 
     overrides = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    network = load_network(AutoModelForQuestionAnswering, path, head=HEAD, **overrides)
+    network = load_network(AutoModelForQuestionAnswering, path, head=HEAD if new_head else None, **overrides)
     if not hasattr(network, HEAD) or getattr(network, HEAD).out_features != 2:
         raise InputError(
             f"model.path {path}: {type(network).__name__} has no two-column start/end head ({HEAD}); "

@@ -72,8 +72,8 @@ def save_checkpoint(
     return final
 
 
-def restore(state: TrainState, checkpoint: Checkpoint) -> None:
-    """All ranks. Everything but the weights, which the model was loaded with."""
+def restore(state: TrainState, checkpoint: Checkpoint, *, is_main: bool) -> None:
+    """All ranks. Everything but the weights, which the model was loaded with. Rank 0 takes the loss sum."""
     from safetensors.torch import load_file
 
     saved = checkpoint.state
@@ -81,6 +81,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     state.step = saved["step"]
     state.evaluations = saved["evaluations"]
     state.loss_count = saved["loss_count"]
+    state.loss_sum += saved["loss_sum"] if is_main else 0.0
     state.nonfinite_run += saved["nonfinite_run"]
     state.nonfinite_total += saved["nonfinite_total"]
     if saved["scaler"]:
@@ -128,7 +129,9 @@ def verify(path: Path) -> str | None:
 
 
 def retain(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Rank 0 only. Delete all but the last K and the best, by step number; sweep what crashed saves left behind."""
+    """Rank 0 only. Delete all but the last K and the best, by step number; sweep what crashed saves left
+    behind.
+    """
     steps = sorted(folder.glob(f"{PREFIX}*"))
     for path in steps[:-keep_last]:
         if path.name != f"{PREFIX}{best_step or -1:08d}":

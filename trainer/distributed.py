@@ -1,4 +1,6 @@
-"""World (who am I), the process group, and the few collectives there are. Alone, every one of them is a no-op."""
+"""World (who am I), the process group, and the few collectives there are. Alone, every one of them is a no-
+op.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class World:
 
 
 def world_from_env(device: str = "auto") -> World:
-    """Read what torchrun set (RANK, WORLD_SIZE, LOCAL_RANK); without any of it: one process. No group is opened."""
+    """Read what torchrun set (RANK, WORLD_SIZE, LOCAL_RANK); without any of it: one process. No group is
+    opened.
+    """
     given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if len({value is None for value in given.values()}) > 1:
         raise InputError(f"environment: {given} is half set; start with torchrun, or unset both.")
@@ -114,8 +118,8 @@ def gather_arrays(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]] 
 class SharedFlag:
     """All ranks: has any rank raised the flag? Asked at step boundaries; the answer is one boundary old.
 
-    The reduction runs beside the step, so the hot path never waits for it. All ranks get the same answer at the
-    same boundary, whichever of them was signalled and when.
+    The reduction runs beside the step, so the hot path never waits for it. All ranks get the same answer at
+    the same boundary, whichever of them was signalled and when.
     """
 
     def __init__(self) -> None:

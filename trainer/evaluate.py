@@ -138,7 +138,7 @@ def _widen(array: np.ndarray, width: int) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
 
 
-def _bar(total: int, world: World) -> tqdm[None]:
+def _bar(total: int, world: World) -> tqdm[Any]:
     return tqdm(
         total=total,
         desc="evaluate",

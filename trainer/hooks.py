@@ -1,4 +1,5 @@
-"""What happens between steps: ask for a stop, log, evaluate, checkpoint. Each says how often; `due` is the clock.
+"""What happens between steps: ask for a stop, log, evaluate, checkpoint. Each says how often; `due` is the
+clock.
 
 A hook is a callable that gets a Progress at every step boundary, on all ranks. One of your own is a function:
 
@@ -22,6 +23,7 @@ import torch
 
 from plainloop.data.types import InputError
 from plainloop.trainer.checkpoint import retain, save_checkpoint
+from plainloop.trainer.config import CheckpointConfig, EvaluationConfig
 from plainloop.trainer.distributed import SharedFlag, World, broadcast_json, sum_over_ranks
 from plainloop.trainer.log import Log
 from plainloop.trainer.loop import Progress, Traffic
@@ -31,16 +33,14 @@ from plainloop.trainer.state import TrainState
 
 def due(step: int, every: int, total: int, *, first: bool = False, last: bool = True) -> bool:
     """Is a periodic action due after `step` steps? every 0: only at the ends that are asked for."""
-    if step == 0:
-        return first
-    if step == total:
-        return last
+    if step in (0, total):
+        return first if step == 0 else last
     return every > 0 and step % every == 0
 
 
-def resolve_every(every_steps: int | None, steps_per_epoch: int) -> int:
-    """The option's default is once an epoch."""
-    return steps_per_epoch if every_steps is None else every_steps
+def every_or_epoch(every_steps: int | None, progress: Progress) -> int:
+    """The default of an `every_steps` option is once an epoch."""
+    return progress.steps_per_epoch if every_steps is None else every_steps
 
 
 @dataclass
@@ -62,7 +62,9 @@ class Stopwatch:
 
 
 class Stop:
-    """All ranks agree whether any of them was asked to stop; the answer comes one boundary late, the same for all."""
+    """All ranks agree whether any of them was asked to stop; the answer comes one boundary late, the same for
+    all.
+    """
 
     def __init__(self, request: StopRequest, at_step: int | None) -> None:
         self.request = request
@@ -86,29 +88,31 @@ class Stop:
 
 
 class NonFinite:
-    """All ranks. Ends the run after so many skipped steps in a row; looks only every `limit` steps: a host sync."""
+    """All ranks. Ends the run after so many skipped steps in a row; looks only every `limit` steps: a host
+    sync.
+    """
 
-    def __init__(self, limit: int, explain: Callable[[int], str]) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.explain = explain
 
     def __call__(self, progress: Progress) -> None:
-        state = progress.state
-        if self.limit and due(state.step, self.limit, progress.total_steps):
-            if (in_a_row := int(state.nonfinite_run)) >= self.limit:
+        step = progress.state.step
+        if self.limit and due(step, self.limit, progress.total_steps):
+            if (in_a_row := int(progress.state.nonfinite_run)) >= self.limit:
                 raise FloatingPointError(
-                    f"the loss or its gradient was NaN or Inf in the last {in_a_row} steps up to step {state.step}; "
-                    f"none of them was applied. {self.explain(state.step)}"
+                    f"the loss or its gradient was NaN or Inf in the last {in_a_row} steps, to step {step};"
+                    " none was applied. Try a lower optim.lr, a longer optim.warmup, precision fp32 (or bf16"
+                    " instead of fp16), or look at the data."
                 )
 
 
 class LogLine:
-    """All ranks take part in the sum of the loss; rank 0 writes. The one place where the loop waits for the device."""
+    """All ranks take part in the sum of the loss; rank 0 writes. The one place where the loop waits for the
+    device.
+    """
 
-    def __init__(
-        self, log: Log, every: int, watch: Stopwatch, world: World, lr: Callable[[int], float]
-    ) -> None:
-        self.log, self.every, self.watch, self.world, self.lr = log, every, watch, world, lr
+    def __init__(self, log: Log, every: int, watch: Stopwatch, lr: Callable[[int], float]) -> None:
+        self.log, self.every, self.watch, self.lr = log, every, watch, lr
         self._since: tuple[float, float, Traffic, int] | None = None
         self._start: tuple[float, int] | None = None
 
@@ -149,44 +153,48 @@ class LogLine:
 
 
 class Evaluate:
-    """All ranks. Evaluates when due, records it in the state, and stops early when the metric no longer improves."""
+    """All ranks. Evaluates when due, records it in the state, and stops early when the metric no longer
+    improves.
+    """
 
     def __init__(
-        self, evaluate: Callable[[], dict[str, float] | None], log: Log, watch: Stopwatch, *,
-        every: int, metric: str, patience: int,
-    ) -> None:  # fmt: skip
-        self.evaluate, self.log, self.watch = evaluate, log, watch
-        self.every, self.metric, self.patience = every, metric, patience
+        self,
+        evaluate: Callable[[], dict[str, float] | None],
+        log: Log,
+        watch: Stopwatch,
+        config: EvaluationConfig,
+    ) -> None:
+        self.evaluate, self.log, self.watch, self.config = evaluate, log, watch, config
 
     def __call__(self, progress: Progress) -> None:
         state = progress.state
+        every, metric = every_or_epoch(self.config.every_steps, progress), self.config.best_metric
         done = any(record["step"] == state.step for record in state.evaluations)
-        if not done and state.stop is None and due(state.step, self.every, progress.total_steps):
-            started = time.perf_counter()
-            metrics = self.watch.time("evaluate", self.evaluate)
-            if metrics is None:
-                state.stop = "asked to stop during an evaluation, which the next start repeats"
-                return
-            metrics = broadcast_json(metrics)
-            if self.metric not in metrics:
-                raise InputError(
-                    f"evaluation.best_metric {self.metric}: there are only {', '.join(metrics)}."
-                )
-            state.evaluations.append({"step": state.step, **metrics})
-            seconds = time.perf_counter() - started
-            self.log.record("evaluation", state.step, {**metrics, "seconds": seconds})
-            shown = "  ".join(
-                f"{name} {metrics[name]:.2f}" for name in metrics if not name.endswith(("_thresh", "total"))
-            )
-            self.log.say(f"step {state.step}: {shown}  ({seconds:.0f} s)")
-        best = best_step(state, self.metric)
-        if self.patience and best is not None and state.step < progress.total_steps:
+        if not done and state.stop is None and due(state.step, every, progress.total_steps):
+            self._run(state, metric)
+        best = best_step(state, metric)
+        if self.config.early_stopping and best is not None and state.step < progress.total_steps:
             later = sum(record["step"] > best for record in state.evaluations)
-            if later >= self.patience:
+            if later >= self.config.early_stopping:
                 self.log.say(
-                    f"early stopping: {later} evaluations without a better {self.metric} than at step {best}"
+                    f"early stopping: {later} evaluations without a better {metric} than at step {best}"
                 )
                 progress.total_steps = state.step
+
+    def _run(self, state: TrainState, metric: str) -> None:
+        started = time.perf_counter()
+        metrics = self.watch.time("evaluate", self.evaluate)
+        if metrics is None:
+            state.stop = "asked to stop during an evaluation, which the next start repeats"
+            return
+        metrics = broadcast_json(metrics)
+        if metric not in metrics:
+            raise InputError(f"evaluation.best_metric {metric}: there are only {', '.join(metrics)}.")
+        state.evaluations.append({"step": state.step, **metrics})
+        seconds = time.perf_counter() - started
+        self.log.record("evaluation", state.step, {**metrics, "seconds": seconds})
+        shown = "  ".join(f"{k} {v:.2f}" for k, v in metrics.items() if not k.endswith(("_thresh", "total")))
+        self.log.say(f"step {state.step}: {shown}  ({seconds:.0f} s)")
 
 
 def best_step(state: TrainState, metric: str) -> int | None:
@@ -197,14 +205,15 @@ def best_step(state: TrainState, metric: str) -> int | None:
 
 
 class SaveCheckpoint:
-    """All ranks wait for rank 0, which writes when due, at a new best, and at a stop. A full disk does not end a run.
+    """All ranks wait for rank 0, which writes when due, at a new best, and at a stop. A full disk does not
+    end a run.
 
     But a run never ends well with its last state unwritten: then `failed` holds the reason.
     """
 
     def __init__(
-        self, run_dir: Path, save_model: Callable[[Path], None], log: Log, watch: Stopwatch, world: World, *,
-        every: int, keep_last: int, metric: str, extra: dict[str, Any], saved_step: int,
+        self, run_dir: Path, save_model: Callable[[Path], None], log: Log, watch: Stopwatch, world: World,
+        config: CheckpointConfig, *, metric: str, saved_step: int, extra: dict[str, Any],
     ) -> None:  # fmt: skip
         self.run_dir, self.save_model, self.log, self.watch, self.world = (
             run_dir,
@@ -213,16 +222,15 @@ class SaveCheckpoint:
             watch,
             world,
         )
-        self.every, self.keep_last, self.metric, self.extra = every, keep_last, metric, extra
+        self.config, self.metric, self.extra = config, metric, extra
         self.saved_step = saved_step  # the newest on disk
         self.failed: str | None = None
 
     def __call__(self, progress: Progress) -> None:
         state = progress.state
         best = best_step(state, self.metric)
-        wanted = (
-            due(state.step, self.every, progress.total_steps) or best == state.step or state.stop is not None
-        )
+        every = every_or_epoch(self.config.every_steps, progress)
+        wanted = due(state.step, every, progress.total_steps) or best == state.step or state.stop is not None
         if not wanted or state.step in (0, self.saved_step):
             return
         # The sum so far of an open log line goes into the checkpoint as the sum over all ranks.
@@ -247,7 +255,7 @@ class SaveCheckpoint:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 return f"{error.filename or folder}: {error.strerror}"
             raise
-        retain(folder, keep_last=self.keep_last, best_step=best)
+        retain(folder, keep_last=self.config.keep_last, best_step=best)
         if best is not None and (folder / f"step-{best:08d}").exists():
             _point(self.run_dir / "best", Path("checkpoints") / f"step-{best:08d}")
         self.log.say(f"step {state.step}: saved {path}")

@@ -1,4 +1,6 @@
-"""What a run tells: lines on the console (above a tqdm bar on a terminal), metrics.jsonl, TensorBoard. Rank 0 only."""
+"""What a run tells: lines on the console (above a tqdm bar on a terminal), metrics.jsonl, TensorBoard. Rank 0
+only.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ class Log:
         self._file = run_dir / "metrics.jsonl"
         self._tensorboard_dir = run_dir / "tensorboard" if tensorboard else None
         self._writer: Any = None
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     def say(self, text: str) -> None:
         """One line for people."""
@@ -39,7 +41,9 @@ class Log:
             )
 
     def start(self, step: int, total_steps: int) -> None:
-        """Rank 0 only. Forget what was recorded after `step`: a resumed run writes it again, with the same values."""
+        """Rank 0 only. Forget what was recorded after `step`: a resumed run writes it again, with the same
+        values.
+        """
         if not self._enabled:
             return
         if self._file.exists():
@@ -55,7 +59,9 @@ class Log:
             self._bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", mininterval=1)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl and the same as TensorBoard scalars `kind/name`. Not-finite values are text."""
+        """One line of metrics.jsonl and the same as TensorBoard scalars `kind/name`. Not-finite values are
+        text.
+        """
         if not self._enabled:
             return
         safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -1,4 +1,4 @@
-"""The loop. One optimizer step is one page: the only backward() and the only optimizer.step() of the package."""
+"""The loop. One optimizer step is one page: the only backward() and the only optimizer.step() there is."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def fit(
 ) -> Verdict:
     """All ranks. Hooks run at every step boundary, the first and the last included, in order.
 
-    So the evaluation and the checkpoint at the end are the last pass of the same loop, and a resumed run first
-    does what was due when it was stopped.
+    So the evaluation and the checkpoint at the end are the last pass of the same loop, and a resumed run
+    first does what was due when it was stopped.
     """
     state, traffic = progress.state, progress.traffic
     while True:
@@ -93,8 +93,8 @@ def fit(
 def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> None:
     """All ranks. One optimizer step on a global batch; nothing in it waits for the device.
 
-    Gradient = d/dw [sum of losses over all rows of all ranks] / batch.count. DDP averages over ranks, so each rank
-    multiplies by world size; the division by the global count happens here and nowhere else.
+    Gradient = d/dw [sum of losses over all rows of all ranks] / batch.divisor. DDP averages over ranks, so
+    each rank multiplies by world size; the division by the global count happens here and nowhere else.
     """
     world, last = options.world, len(batch.micro_batches) - 1
     for group in state.optimizer.param_groups:
@@ -109,9 +109,10 @@ def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> Non
             with autocast(options.precision, state.device):
                 logits = state.wrapped(**inputs)
             loss = options.loss_sum(logits, labels)
-            # A loss of NaN or Inf makes NaN of every gradient; summed over ranks, all of them see it and skip.
+            # A loss of NaN or Inf makes NaN of every gradient; summed over ranks, all of them see it and
+            # skip.
             visible = torch.where(loss.isfinite(), 1.0, torch.nan)
-            state.scaler.scale(loss * visible * (world.size / batch.count)).backward()
+            state.scaler.scale(loss * visible * (world.size / batch.divisor)).backward()
         state.loss_sum += loss.detach()
 
     state.scaler.unscale_(state.optimizer)
@@ -124,7 +125,7 @@ def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> Non
     state.optimizer.zero_grad(set_to_none=True)
     state.nonfinite_run = (state.nonfinite_run + 1) * nonfinite
     state.nonfinite_total = state.nonfinite_total + nonfinite
-    state.loss_count += batch.count
+    state.loss_count += batch.divisor
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

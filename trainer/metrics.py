@@ -48,8 +48,8 @@ def squad_scores(
 ) -> dict[str, float]:
     """The official figures, in the official order.
 
-    predictions: id -> text ("" is unanswerable; a missing id counts as ""). With score_diff (id -> null - best),
-    best_exact and best_f1 over all thresholds are added, judged on best_texts (default: predictions).
+    predictions: id -> text ("" is unanswerable; a missing id counts as ""). With score_diff (id -> null -
+    best), best_exact and best_f1 over all thresholds are added, judged on best_texts (default: predictions).
     """
     exact, f1 = _per_question(examples, predictions)
     scores = _averages("", exact, f1, [e.id for e in examples])

@@ -12,7 +12,9 @@ from plainloop.trainer.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: decayed weights, and the rest (biases and norm weights, which are the vectors) without decay."""
+    """Two groups: decayed weights, and the rest (biases and norm weights, which are the vectors) without
+    decay.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
@@ -21,13 +23,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel, and it can skip a step on the device."""
+    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel, and it can skip a step on the
+    device.
+    """
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """lr(step) for step 0 ... total_steps - 1: linear warm-up that reaches lr at its end, then the schedule."""
+    """lr(step) for step 0 ... total_steps - 1: linear warm-up that ends at lr, then the schedule."""
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
     warmup_steps = min(round(warmup), total_steps)
     decay_steps = max(1, total_steps - warmup_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import shutil
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from plainloop.data.loader import step_batches
 from plainloop.data.types import InputError
 from plainloop.trainer import checkpoint as checkpoints
 from plainloop.trainer.checkpoint import Checkpoint
-from plainloop.trainer.config import TrainConfig, check_train_config, config_differences, to_yaml
+from plainloop.trainer.config import TrainConfig, check_train_config, config_differences
 from plainloop.trainer.distributed import World, broadcast_json, process_group, world_from_env
 from plainloop.trainer.hooks import (
     Evaluate,
@@ -26,24 +27,23 @@ from plainloop.trainer.hooks import (
     SaveCheckpoint,
     Stop,
     Stopwatch,
-    resolve_every,
 )
 from plainloop.trainer.log import Log
 from plainloop.trainer.loop import Hook, Progress, StepOptions, Verdict, fit
 from plainloop.trainer.optim import learning_rate, make_optimizer
+from plainloop.trainer.options import to_yaml
 from plainloop.trainer.precision import check_precision, make_scaler
 from plainloop.trainer.signals import StopRequest
 from plainloop.trainer.state import TrainState
 from plainloop.trainer.tasks import SpanTask, data_report
 
-TOKENS_PER_DEVICE = {
-    "cuda": 8192,
-    "cpu": 2048,
-}  # a CPU is faster on small micro-batches: they stay in its cache
+TOKENS_PER_DEVICE = {"cuda": 8192, "cpu": 4096}
 
 
 def train(config: TrainConfig) -> Verdict:
-    """All ranks. Train from the start or from the run folder's newest good checkpoint to the end, or to a stop."""
+    """All ranks. Train from the start or from the run folder's newest good checkpoint to the end, or to a
+    stop.
+    """
     with ExitStack() as stack:
         # Who and where.
         check_train_config(config)
@@ -59,82 +59,75 @@ def train(config: TrainConfig) -> Verdict:
         # Data: tokenised by rank 0 before there is a process group that could time out.
         tokens = config.tokens_per_device or TOKENS_PER_DEVICE[world.device.type]
         task = SpanTask(config.model, config.data, world)
-        train_windows = task.prepare(str(config.data.train), limit=config.data.limit)
+        windows = task.prepare(str(config.data.train), limit=config.data.limit)
         dev_windows = task.prepare(config.data.dev) if config.data.dev else None
-        steps = task.steps(train_windows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
-        steps_per_epoch = steps.sampler.steps_per_epoch
-        total_steps = min(config.max_steps or 2**62, config.epochs * steps_per_epoch)
+        steps = task.steps(windows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
+        total_steps = min(config.max_steps or 2**62, config.epochs * steps.sampler.steps_per_epoch)
         stack.enter_context(process_group(world, timeout_s=config.timeout_s))
 
-        # Model: own newest good checkpoint > the pretrained one. The seed makes a new head the same on all ranks.
-        fingerprint = {"data": train_windows.path.name}
+        # Model: own newest good checkpoint > the pretrained one. The seed makes a new head the same on all
+        # ranks.
+        fingerprint = {"data": windows.path.name}
         found = find_checkpoint(run_dir, config, fingerprint, world, log)
         torch.manual_seed(config.seed)
-        model = task.load_model(str(found.path) if found else config.model.path).to(world.device).train()
-        optimizer = make_optimizer(model, config.optim)
+        model = task.load_model(str(found.path) if found else config.model.path, new_head=found is None)
+        model.to(world.device).train()
         wrapped = wrap(model, world, compile_it=config.model.compile)
-        state = TrainState(
-            model, wrapped, optimizer, make_scaler(config.precision, world.device), world.device
-        )
+        scaler = make_scaler(config.precision, world.device)
+        state = TrainState(model, wrapped, make_optimizer(model, config.optim), scaler, world.device)
         if found:
-            checkpoints.restore(state, found)
-            state.loss_sum += found.state["loss_sum"] if world.is_main else 0.0
+            checkpoints.restore(state, found, is_main=world.is_main)
             log.say(f"continuing from {found.path} at step {state.step} of {total_steps}")
-        for line in data_report("train", str(config.data.train), train_windows, steps):
-            log.say(line)
-        for line in data_report("dev", str(config.data.dev), dev_windows) if dev_windows else []:
-            log.say(line)
+        log.say(data_report("train", str(config.data.train), windows, steps))
+        if dev_windows is not None:
+            log.say(data_report("dev", str(config.data.dev), dev_windows))
         log.say(layout(model, world, config, tokens, total_steps))
 
-        # What happens between steps, in this order. Add your own hook here.
-        watch, lr = Stopwatch(), learning_rate(config.optim, total_steps)
+        # What happens between steps, in this order. A hook of your own goes into this list.
+        progress = Progress(state, total_steps, steps.sampler.steps_per_epoch)
+        watch, lr, metric = (
+            Stopwatch(),
+            learning_rate(config.optim, total_steps),
+            config.evaluation.best_metric,
+        )
         stop = Stop(request, config.stop_at_step)
-        hooks: list[Hook] = [stop, NonFinite(config.optim.max_nonfinite_steps, lambda _: NONFINITE_ADVICE)]
-        hooks.append(LogLine(log, config.log.every_steps, watch, world, lr))
-        if dev_windows is not None:
-            windows, path, evaluation = dev_windows, str(config.data.dev), config.evaluation
 
-            def evaluate() -> dict[str, float] | None:
-                return task.evaluate(
-                    model, windows, path,
-                    precision=config.precision, tokens=evaluation.tokens_per_device or 2 * tokens,
-                    config=evaluation, folder=run_dir / "evaluation", should_stop=stop.agreed,
-                )  # fmt: skip
-
-            hooks.append(
-                Evaluate(
-                    evaluate, log, watch,
-                    every=resolve_every(evaluation.every_steps, steps_per_epoch),
-                    metric=evaluation.best_metric, patience=evaluation.early_stopping,
-                )
+        def evaluate() -> dict[str, float] | None:
+            return task.evaluate(
+                model, dev_windows, str(config.data.dev), config=config.evaluation,
+                precision=config.precision, tokens=config.evaluation.tokens_per_device or 2 * tokens,
+                folder=run_dir / "evaluation", should_stop=stop.agreed,
             )  # fmt: skip
+
         save = SaveCheckpoint(
-            run_dir, lambda folder: task.save_model(model, folder), log, watch, world,
-            every=resolve_every(config.checkpoint.every_steps, steps_per_epoch),
-            keep_last=config.checkpoint.keep_last, metric=config.evaluation.best_metric,
-            extra={"config": dataclasses.asdict(config), "fingerprint": fingerprint}, saved_step=state.step,
+            run_dir, lambda folder: task.save_model(model, folder), log, watch, world, config.checkpoint,
+            metric=metric, saved_step=state.step,
+            extra={"config": dataclasses.asdict(config), "fingerprint": fingerprint},
         )  # fmt: skip
-        hooks.append(save)
+        hooks: list[Hook] = [
+            stop,
+            NonFinite(config.optim.max_nonfinite_steps),
+            LogLine(log, config.log.every_steps, watch, lr),
+            *([Evaluate(evaluate, log, watch, config.evaluation)] if dev_windows is not None else []),
+            save,
+        ]
 
         # The loop.
         log.start(state.step, total_steps)
+        pin = world.device.type == "cuda"
         batches = step_batches(
-            steps, start=state.step, total=total_steps,
-            workers=config.data.workers, pin=world.device.type == "cuda",
-        )  # fmt: skip
+            steps, start=state.step, total=total_steps, workers=config.data.workers, pin=pin
+        )
         options = StepOptions(
             task.loss_sum, lr, world, config.seed, config.precision, config.optim.max_grad_norm
         )
-        verdict = fit(Progress(state, total_steps, steps_per_epoch), batches, hooks, options)
+        verdict = fit(progress, batches, hooks, options)
         if save.failed:
             raise InputError(
                 f"the last checkpoint could not be written: {save.failed}; make room and start again."
             )
         log.say(f"{verdict.name.lower()} at step {state.step}" + (f": {state.stop}" if state.stop else ""))
     return verdict
-
-
-NONFINITE_ADVICE = "Try a lower optim.lr, a longer optim.warmup, precision fp32 (or bf16 instead of fp16), or look at the data."
 
 
 def open_run_folder(run_dir: Path) -> None:
@@ -167,8 +160,8 @@ def find_checkpoint(
             changes.append("data: the training data, the tokenizer or the code that reads them")
         if changes:
             raise InputError(
-                f"{run_dir} was trained with other options: {'; '.join(changes)}. Choose another run_dir, or name the"
-                " options in --checkpoint.allow_changes."
+                f"{run_dir} was trained with other options: {'; '.join(changes)}. Choose another run_dir, or"
+                " name the options in --checkpoint.allow_changes."
             )
     checkpoints.write_atomically(run_dir / "config.yaml", to_yaml(config))
     broadcast_json({"path": str(found.path), "state": found.state} if found else None)
@@ -181,9 +174,12 @@ def wrap(model: nn.Module, world: World, *, compile_it: bool) -> nn.Module:
     if world.size == 1:
         return wrapped
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        wrapped, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    # No buffer of these networks changes; torch 2.13 gave the option not to send them a new name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    quiet: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True, **quiet)
 
 
 def layout(model: nn.Module, world: World, config: TrainConfig, tokens: int, total_steps: int) -> str:
@@ -191,7 +187,7 @@ def layout(model: nn.Module, world: World, config: TrainConfig, tokens: int, tot
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     free = shutil.disk_usage(config.run_dir).free / 1e9
     return (
-        f"{millions:.1f} M parameters, {config.precision}, {world.size} x {world.device.type}; {total_steps} steps of"
-        f" {config.batch_size} windows, at most {tokens} tokens a device at once; checkpoints of"
-        f" {checkpoints.checkpoint_bytes(model) / 1e9:.2f} GB, {free:.0f} GB free"
+        f"{millions:.1f} M parameters, {config.precision}, {world.size} x {world.device.type};"
+        f" {total_steps} steps of {config.batch_size} windows, at most {tokens} tokens a device at once;"
+        f" checkpoints of {checkpoints.checkpoint_bytes(model) / 1e9:.2f} GB, {free:.0f} GB free"
     )

@@ -1,4 +1,6 @@
-"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 set a flag, and so does a file RUN/stop. Nothing else happens here."""
+"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 set a flag, and so does a file RUN/stop. Nothing else happens
+here.
+"""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from torch import nn
 class TrainState:
     """model is the bare module; wrapped is what forward passes go through (DDP, compiled, or the same).
 
-    The four counters live on the device and are read only when a line is logged: loss_sum (fp64, this rank's share
-    since the last line), grad_norm (of the last step), nonfinite_run and nonfinite_total (steps that were skipped).
-    loss_count is what loss_sum, over all ranks, is to be divided by.
+    The four counters live on the device and are read only when a line is logged: loss_sum (fp64, this rank's
+    share since the last line), grad_norm (of the last step), nonfinite_run and nonfinite_total (steps that
+    were skipped). loss_count is what loss_sum, over all ranks, is to be divided by.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class TrainState:
         }
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse; every tensor must belong to a parameter, and every parameter must get the same keys."""
+        """The inverse; every tensor must belong to a parameter."""
         parameters = dict(self.model.named_parameters())
         states: dict[str, dict[str, torch.Tensor]] = {}
         for path, tensor in tensors.items():

@@ -1,8 +1,10 @@
-"""Tasks: the one place where data meets models. A task gives the loop batches and a loss, and evaluates itself."""
+"""Tasks: the one place where data meets models. A task gives the loop batches and a loss, and evaluates
+itself.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -37,18 +39,26 @@ class SpanTask:
         self.tokenizer = load_tokenizer(model.path)
         if self.tokenizer.cls_token_id is None:
             raise InputError(f"model.path {model.path}: its tokenizer has no CLS token; use an encoder's.")
+        # Taken before it is used: a tokenizer that has truncated once says so in its description.
+        description = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        self.tokenizer_digest = store.digest({**description, "truncation": None, "padding": None})
         features.question_limit(self.tokenizer, max_length=data.max_length, stride=data.stride)
 
     def prepare(self, path: str, *, limit: int | None = None) -> Store:
-        """All ranks, outside any process group: rank 0 tokenises, unless that was done before; the others wait."""
+        """All ranks, outside any process group: rank 0 tokenises, unless that was done before; the others
+        wait.
+        """
         folder = store.cache_folder(self.data.cache_dir) / f"spans-{self._digest(path, limit)}"
         if not self.world.is_main:
             return store.wait_for(folder)
         return store.build(folder, lambda: self._make(path, limit))
 
-    def load_model(self, path: str) -> SpanModel:
+    def load_model(self, path: str, *, new_head: bool) -> SpanModel:
+        """new_head: the start/end head may be missing and starts at random; else that is an error."""
         config = self.model_config
-        model = load_span_model(path, dropout=config.dropout, attention_dropout=config.attention_dropout)
+        model = load_span_model(
+            path, new_head=new_head, dropout=config.dropout, attention_dropout=config.attention_dropout
+        )
         if config.activation_checkpointing:
             model.network.gradient_checkpointing_enable({"use_reentrant": False})
         if self.world.device.type == "cpu":
@@ -75,7 +85,7 @@ class SpanTask:
     def evaluate(
         self,
         model: nn.Module,
-        windows: Store,
+        windows: Store | None,
         path: str,
         *,
         precision: str,
@@ -84,7 +94,8 @@ class SpanTask:
         folder: Path | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
-        """All ranks. Metrics on rank 0 ({} elsewhere), predictions in `folder`; None when stopped half-way."""
+        """All ranks. Metrics on rank 0 ({} elsewhere), predictions in folder; None when stopped half-way."""
+        assert windows is not None
         decoded = decode(
             model, windows, self.collate(windows), span_loss_sum,
             world=self.world, precision=precision, tokens=tokens, config=config, should_stop=should_stop,
@@ -104,10 +115,9 @@ class SpanTask:
         """Of all that makes the features: data, tokenizer, options, and the code itself."""
         if not Path(path).exists():
             raise InputError(f"{path}: no such file. Give a SQuAD JSON file or a folder saved by datasets.")
-        tokenizer = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         code = [Path(str(module.__file__)) for module in (squad, features, store)]
         options = [self.data.max_length, self.data.stride, limit, self.tokenizer.cls_token_id]
-        return store.digest(Path(path), tokenizer, options, *code)
+        return store.digest(Path(path), self.tokenizer_digest, options, *code)
 
     def _make(self, path: str, limit: int | None) -> tuple[features.Arrays, dict[str, Any]]:
         examples = read_squad(path)
@@ -138,12 +148,13 @@ def draw(examples: list[Example], limit: int) -> list[Example]:
     return [examples[i] for i in sorted(chosen)]
 
 
-def data_report(name: str, path: str, windows: Store, steps: Steps | None = None) -> list[str]:
+def data_report(name: str, path: str, windows: Store, steps: Steps | None = None) -> str:
     """What there is to train or to evaluate on, in lines; warns of what was cut."""
     meta, lengths = windows.meta, windows.lengths
     line = (
-        f"{name}: {path}: {meta['examples']} questions ({meta['unanswerable']} unanswerable) -> {len(windows)} windows"
-        f" of {lengths.min()} to {lengths.max()} tokens (median {int(np.median(lengths))})"
+        f"{name}: {path}: {meta['examples']} questions ({meta['unanswerable']} unanswerable) ->"
+        f" {len(windows)} windows of {lengths.min()} to {lengths.max()} tokens,"
+        f" median {int(np.median(lengths))}"
     )
     if steps is not None:
         line += f", {steps.sampler.steps_per_epoch} steps an epoch, {steps.padding_share():.1%} padding"
@@ -156,4 +167,4 @@ def data_report(name: str, path: str, windows: Store, steps: Steps | None = None
         lines.append(
             f"warning: {name}: {meta['questions_cut']} questions are too long for a window and were cut"
         )
-    return lines
+    return "\n".join(lines)

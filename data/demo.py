@@ -1,0 +1,164 @@
+"""The corpus of the quick start: generated reports about invented people and places, in SQuAD 2.0 form.
+
+Synthetic: a model that is good here has learned to match a question to a sentence, and nothing about the
+world. Train and dev share no person, no place and so no fact; objects and verbs are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FIRST = (
+    "Ada Boris Clara Dario Edda Farid Greta Hugo Ines Jonas Kira Leon Mira Nils Olga Pavel Rosa Samir Tilda"
+)
+LAST_START = (
+    "Ald Bren Cor Dren El Fal Gar Hol Ib Jor Kest Lor Mar Nor Or Pel Quin Ros Sel Tor Ul Ver Wal Yar Zan"
+)
+LAST_END = "berg dal feld gren holm lund mann ner quist rup son strand vik wood"
+PLACE_START = (
+    "Amber Birch Cedar Dun East Fern Glen Hazel Iron Juniper King Lark Moss North Oak Pine Raven Salt West"
+)
+PLACE_END = (
+    "bay bridge brook cliff dale field ford gate haven hill marsh mouth ridge shore stead ton vale water"
+)
+PART = {"train": 0, "dev": 1}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fact: how it is told, and what can be asked about it (role -> question)."""
+
+    things: tuple[str, ...]
+    told: tuple[str, ...]
+    asked: dict[str, str]
+
+
+KINDS = (
+    Kind(
+        ("lighthouse", "stone bridge", "windmill", "clock tower", "town hall", "observatory", "theatre"),
+        (
+            "{person} built the {thing} of {place} in {year}.",
+            "In {year} the {thing} of {place} was built by {person}.",
+        ),
+        {
+            "person": "Who built the {thing} of {place}?",
+            "year": "When was the {thing} of {place} built?",
+            "place": "In which town did {person} build the {thing}?",
+        },
+    ),
+    Kind(
+        ("silver bell", "bronze statue", "pocket watch", "glass globe", "golden compass", "marble fountain"),
+        (
+            "A {thing} was given to {place} by {person} in {year}.",
+            "In {year}, {person} gave a {thing} to the people of {place}.",
+        ),
+        {
+            "person": "Who gave a {thing} to {place}?",
+            "year": "In what year did {place} receive a {thing}?",
+            "thing": "What did {person} give to {place}?",
+        },
+    ),
+    Kind(
+        (
+            "school of music",
+            "printing house",
+            "sailing club",
+            "botanical garden",
+            "museum of maps",
+            "chess society",
+        ),
+        (
+            "The {thing} in {place} was founded in {year} by {person}.",
+            "{person} moved to {place} and founded the {thing} there in {year}.",
+        ),
+        {
+            "person": "Who was the founder of the {thing} in {place}?",
+            "year": "When was the {thing} in {place} founded?",
+            "thing": "What did {person} found in {place}?",
+            "place": "Where is the {thing} that {person} founded?",
+        },
+    ),
+)
+FILLERS = (
+    "The winters there are long, and the roads are often closed.",
+    "Older people still tell the story in different ways.",
+    "A small fair is held every summer.",
+    "Few of the letters from that time have survived.",
+    "Visitors usually arrive by the coastal railway.",
+)
+
+
+def write_demo(folder: Path, *, contexts: int = 600, seed: int = 7) -> tuple[Path, Path]:
+    """Write train.json and dev.json (a quarter as large); returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for part, number in (("train", contexts), ("dev", contexts // 4)):
+        path = folder / f"{part}.json"
+        path.write_text(json.dumps(make_part(part, number, seed), indent=1), encoding="utf-8")
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def make_part(part: str, contexts: int, seed: int) -> dict[str, Any]:
+    """SQuAD 2.0 content: each context holds three facts, with three questions, about every third
+    unanswerable.
+    """
+    source = random.Random(f"{seed}-{part}")
+    people, places = _names(part)
+    paragraphs = []
+    for number in range(contexts):
+        facts = [_fact(kind, source, people, places) for kind in source.sample(KINDS, 3)]
+        told = [source.choice(fact["kind"].told).format(**fact) for fact in facts]
+        sentences = list(told)
+        sentences.insert(source.randrange(4), source.choice(FILLERS))
+        context = " ".join(sentences)
+        qas = []
+        for i, fact in enumerate(facts):
+            role = source.choice(sorted(fact["kind"].asked))
+            qa: dict[str, Any] = {
+                "id": f"{part}-{number}-{i}",
+                "is_impossible": source.random() < 1 / 3,
+                "answers": [],
+            }
+            if qa["is_impossible"]:
+                fact = _other(fact, role, source, people, places)
+            else:
+                # Looked up in the sentence of the fact: a year may stand in two.
+                start = context.index(fact[role], context.index(told[i]))
+                qa["answers"] = [{"text": fact[role], "answer_start": start}]
+            qas.append({**qa, "question": fact["kind"].asked[role].format(**fact)})
+        paragraphs.append({"context": context, "qas": qas})
+    return {"version": "plainloop demo (synthetic)", "data": [{"title": part, "paragraphs": paragraphs}]}
+
+
+def _names(part: str) -> tuple[list[str], list[str]]:
+    """People and places of a part: every other combination, so that the parts share none."""
+    people = [
+        f"{first} {a}{b}" for first in FIRST.split() for a in LAST_START.split() for b in LAST_END.split()
+    ]
+    places = [a + b for a in PLACE_START.split() for b in PLACE_END.split()]
+    return people[PART[part] :: 2], places[PART[part] :: 2]
+
+
+def _fact(kind: Kind, source: random.Random, people: list[str], places: list[str]) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "thing": source.choice(kind.things),
+        "person": source.choice(people),
+        "place": source.choice(places),
+        "year": str(source.randrange(1650, 1990)),
+    }
+
+
+def _other(
+    fact: dict[str, Any], role: str, source: random.Random, people: list[str], places: list[str]
+) -> dict[str, Any]:
+    """A fact that the context does not tell: one thing that the question names is another one."""
+    named = [r for r in ("person", "place", "thing") if "{" + r + "}" in fact["kind"].asked[role]]
+    changed = source.choice(named)
+    pool = {"person": people, "place": places, "thing": fact["kind"].things}[changed]
+    return {**fact, changed: source.choice([value for value in pool if value != fact[changed]])}

@@ -1,0 +1,153 @@
+"""Shared fixtures: a tiny encoder with a real tokenizer, a small SQuAD file, torchrun, and the real data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask the network
+
+from plainloop.data.demo import make_part  # noqa: E402
+
+REAL_DATA = os.environ.get("PLAINLOOP_REAL_DATA")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real SQuAD files and vocabularies; tests that want it are skipped without."""
+    if not REAL_DATA:
+        pytest.skip("PLAINLOOP_REAL_DATA is not set")
+    return Path(REAL_DATA).resolve()
+
+
+@pytest.fixture(scope="session")
+def squad_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 contexts, 120 questions."""
+    path = tmp_path_factory.mktemp("squad") / "train.json"
+    path.write_text(json.dumps(make_part("train", 40, seed=1)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, squad_file: Path) -> Path:
+    """A BERT of two layers with random weights and a WordPiece vocabulary of its own: 35,000 parameters."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator([squad_file.read_text()], vocab_size=600, show_progress=False)
+    trained.save_model(str(folder))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=128,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    from plainloop.trainer.demo import packaged_encoder
+
+    return packaged_encoder()
+
+
+@pytest.fixture
+def options(tiny_model: Path, squad_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run on the tiny model: 2 epochs of 15 steps; dotted names, to be changed by a test."""
+    return {
+        "run_dir": str(tmp_path / "run"), "batch_size": 8, "epochs": 2, "tokens_per_device": 200,
+        "model.path": str(tiny_model), "data.train": str(squad_file), "data.bucket": 3, "precision": "fp32",
+        "data.max_length": 96, "data.stride": 24, "data.cache_dir": str(tmp_path / "cache"), "optim.lr": 1e-3,
+        "log.every_steps": 1, "log.tensorboard": "false", "checkpoint.every_steps": 0,
+    }  # fmt: skip
+
+
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """plainloop in processes of its own: launch(2, "train", options) is torchrun with two, launch(0, ...)
+    without.
+    """
+
+    def run(
+        processes: int, command: str, options: dict[str, Any], *, expect: int | None = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        line = [sys.executable, *(torchrun if processes else []), "-m", "plainloop.trainer", command]
+        result = subprocess.run(
+            [*line, *as_arguments(options)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )  # fmt: skip
+        if expect is not None:
+            assert result.returncode == expect, result.stderr[-3000:]
+        return result
+
+    return run
+
+
+@pytest.fixture
+def train(options: dict[str, Any]) -> Callable[..., Any]:
+    """plainloop train in this process: train(**{"seed": 1}) with changes to `options`; returns the Verdict."""
+
+    def run(**changes: Any) -> Any:
+        from plainloop.trainer.config import TrainConfig
+        from plainloop.trainer.options import parse
+        from plainloop.trainer.run import train as run_train
+
+        return run_train(parse(TrainConfig, as_arguments(options | changes), program="test"))
+
+    return run
+
+
+def read_metrics(run_dir: str | Path, kind: str) -> list[dict[str, Any]]:
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.fixture
+def metrics() -> Callable[[str | Path, str], list[dict[str, Any]]]:
+    return read_metrics
+
+
+@pytest.fixture
+def tensors() -> Callable[[str | Path, int], dict[str, Any]]:
+    """All tensors of a checkpoint: weights and optimizer state."""
+
+    def read(run_dir: str | Path, step: int) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        folder = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+        return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+    return read
+
+
+@pytest.fixture
+def assert_same_bits() -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    def check(left: dict[str, Any], right: dict[str, Any]) -> None:
+        import torch
+
+        assert left.keys() == right.keys() and len(left) > 10
+        different = [name for name in left if not torch.equal(left[name], right[name])]
+        assert not different, f"{len(different)} tensors differ, first {different[0]}"
+
+    return check

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plainloop.data.loader import SpanCollate, Steps, step_batches
+from plainloop.data.samplers import Sampler
+from plainloop.data.store import Store, build
+from plainloop.data.types import IGNORE_INDEX
+
+
+def store(path: Path) -> Store:
+    lengths = np.array([3, 9, 5], dtype=np.int32)
+    arrays = {
+        "input_ids": np.arange(1, 18, dtype=np.int32),
+        "length": lengths,
+        "segment": np.array([2, 4, 5], dtype=np.int32),
+        "label": np.array([[0, 0], [5, 6], [3, 3]], dtype=np.int32),
+    }
+    return build(path / "store", lambda: (arrays, {}))
+
+
+def test_collate_by_hand(tmp_path: Path) -> None:
+    inputs, labels = SpanCollate(store(tmp_path), pad_token_id=0, max_length=16, segments=True)(
+        np.array([0, 2])
+    )
+    assert inputs["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [13, 14, 15, 16, 17, 0, 0, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
+    assert inputs["token_type_ids"].tolist() == [[0, 0, 1, 0, 0, 0, 0, 0], [0] * 8]
+    assert labels["start"].tolist() == [0, 3] and labels["end"].tolist() == [0, 3]
+
+
+def steps(path: Path, world_size: int, rank: int) -> Steps:
+    data = store(path)
+    collate = SpanCollate(data, pad_token_id=0, max_length=16, segments=False)
+    sampler = Sampler(data.lengths, batch_size=2, seed=0)
+    return Steps(sampler, collate, np.ones(3, dtype=np.int64), world_size=world_size, rank=rank, tokens=8)
+
+
+def test_a_rank_without_a_share_gets_a_row_that_counts_for_nothing(tmp_path: Path) -> None:
+    batch = steps(tmp_path, 3, 2)[0]
+    assert len(batch.micro_batches) == 1
+    assert (batch.micro_batches[0].labels["start"] == IGNORE_INDEX).all()
+    assert batch.divisor == steps(tmp_path, 1, 0)[0].divisor
+
+
+def test_batches_start_at_any_step_and_workers_change_nothing(tmp_path: Path) -> None:
+    source = steps(tmp_path, 1, 0)
+    for workers in (0, 2):
+        batches = list(step_batches(source, start=3, total=7, workers=workers, pin=False))
+        assert len(batches) == 4
+        for step, batch in enumerate(batches, start=3):
+            for got, expected in zip(batch.micro_batches, source[step].micro_batches, strict=True):
+                assert torch.equal(got.inputs["input_ids"], expected.inputs["input_ids"])

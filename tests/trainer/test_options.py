@@ -1,0 +1,83 @@
+"""Config: YAML and overrides, and every mistake as one line that names file and option."""
+
+from pathlib import Path
+
+import pytest
+
+from plainloop.data.types import InputError
+from plainloop.trainer.config import TrainConfig, check_train_config, config_differences
+from plainloop.trainer.options import parse, to_yaml
+
+
+def parsed(*arguments: str) -> TrainConfig:
+    return parse(TrainConfig, list(arguments), program="test")
+
+
+def test_file_then_overrides_and_back(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("batch_size: 4\noptim: {lr: 1e-4, betas: [0.8, 0.99]}\n")
+    config = parsed("--config", str(file), "--optim.lr", "3e-5", "--model.dropout=0.2")
+    assert (config.batch_size, config.optim.lr, config.model.dropout) == (4, 3e-5, 0.2)
+    assert tuple(config.optim.betas) == (0.8, 0.99) and config.epochs == 2
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert parsed("--config", str(tmp_path / "again.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_sise: 4", "unknown option 'batch_sise'; did you mean batch_size?"),
+        ("optim: {lrr: 4}", "unknown option 'optim.lrr'; did you mean optim.lr?"),
+        ("batch_size: 4\nbatch_size: 5", "line 1: 'batch_size' is there twice"),
+        ("a: [", "not a YAML file"),
+        ("- 1", "not a config"),
+        ("batch_size: many", "batch_size"),
+        ("data: {train: no}", "data.train"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        parsed("--config", str(tmp_path / "bad.yaml"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "1"], "unknown option --lr; did you mean optim.lr?"),
+        (["--optim.lr", "abc"], "optim.lr"),
+        (["--precision", "bf17"], "precision"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--batch_size"], "batch_size"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parsed(*arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_bad_values_are_told_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        check_train_config(parsed("--batch_size", "0", "--optim.lr", "-1", "--checkpoint.every_steps", "-5"))
+    for name in ("data.train", "batch_size is 0", "optim.lr is -1", "checkpoint.every_steps is -5"):
+        assert name in str(caught.value)
+
+
+def test_only_the_mathematics_counts_as_a_difference() -> None:
+    from dataclasses import asdict
+
+    before = asdict(parsed("--tokens_per_device", "100", "--seed", "1"))
+    assert config_differences(parsed("--data.workers", "2", "--seed", "1"), before) == []
+    assert config_differences(parsed("--seed", "2", "--optim.lr", "1e-4"), before) == [
+        "seed: 1 -> 2", "optim.lr: 3e-05 -> 0.0001",
+    ]  # fmt: skip
+    assert config_differences(parsed("--seed", "2", "--checkpoint.allow_changes", "[seed]"), before) == []
+
+
+def test_the_recipes_are_valid() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "launch/recipes").glob("*.yaml"))
+    assert len(recipes) >= 2
+    for recipe in recipes:
+        check_train_config(parsed("--config", str(recipe), "--data.train", "x.json"))

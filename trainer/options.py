@@ -1,0 +1,135 @@
+"""Command line and YAML file -> a config object. Unknown, doubled and ill-typed options are one clear line.
+
+jsonargparse reads types and dotted names; the checks here name the file and the nearest option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from plainloop.data.types import InputError
+
+T = TypeVar("T")
+
+
+def option_names(kind: type, prefix: str = "") -> dict[str, type]:
+    """Dotted names of all options of a config class -> their types; sections are there too."""
+    names: dict[str, type] = {}
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        names[prefix + item.name] = hint
+        if dataclasses.is_dataclass(hint):
+            names |= option_names(typing.cast(type, hint), f"{prefix}{item.name}.")
+    return names
+
+
+def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
+    """Command line (with --config FILE and dotted overrides) -> an instance of the config class.
+
+    Raises InputError in one line for an unknown, doubled or ill-typed option; --help prints and exits.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    names = option_names(kind)
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name not in {*names, "config", "help", "print_config"}:
+            raise InputError(f"unknown option --{name}{_nearest(name, names)}")
+        if name == "config" and argument.startswith("--"):
+            _check_yaml(value or next(iter(arguments[i + 1 :]), ""), names)
+    parser = ArgumentParser(prog=program, description=kind.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    _add_options(parser, kind)
+    try:
+        values = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).removeprefix("Parser key ").split())) from None
+    return from_dict(kind, values.as_dict())
+
+
+def _add_options(parser: Any, kind: type, prefix: str = "") -> None:
+    for item in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[item.name]
+        if dataclasses.is_dataclass(hint):
+            _add_options(parser, typing.cast(type, hint), f"{item.name}.")
+        else:
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            parser.add_argument(
+                f"--{prefix}{item.name}", type=hint, default=default, help=item.metadata["help"]
+            )
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """Nested values -> config object; keys that are no fields are left out (they were checked before)."""
+    hints = typing.get_type_hints(kind)
+    known = {}
+    for item in dataclasses.fields(typing.cast(Any, kind)):
+        if item.name in values:
+            value, hint = values[item.name], hints[item.name]
+            known[item.name] = (
+                from_dict(typing.cast(type, hint), value) if dataclasses.is_dataclass(hint) else value
+            )
+    return kind(**known)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as a YAML file that `--config` reads back."""
+    values = dataclasses.asdict(config)
+    return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'optim': {'lr': 1}} -> {'optim.lr': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: plain(value)}
+    return flat
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _nearest(name: str, names: typing.Iterable[str]) -> str:
+    names = list(names)
+    close = [n for n in names if n.rpartition(".")[2] == name] or difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else "; see --help."
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that occurs twice is an error, not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"line {node.start_mark.line + 1}: '{key}' is there twice; keep one.")
+        return super().construct_mapping(node, deep)
+
+
+def _check_yaml(path: str, names: dict[str, type]) -> None:
+    """An unknown or doubled key of the file is an error that names file and key."""
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: no such file.")
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a config: the top level must be 'option: value' lines.")
+    for name in flatten(values):
+        if name not in names:
+            raise InputError(f"{path}: unknown option '{name}'{_nearest(name, names)}")
