@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from plainloop.data.types import InputError
 
@@ -12,8 +15,9 @@ def load_tokenizer(path: str) -> Any:
     """The fast tokenizer of a model folder or hub name. Raises InputError when there is none."""
     from transformers import AutoTokenizer
 
+    local = is_local(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, local_files_only=local)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(_cannot_load("tokenizer", path, error)) from None
     if not tokenizer.is_fast or not len(tokenizer):
@@ -34,8 +38,9 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
     from transformers import AutoConfig
     from transformers.utils import logging
 
+    local = is_local(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, local_files_only=local)
         for key, value in overrides.items():
             if not hasattr(config, key):
                 raise InputError(
@@ -47,7 +52,7 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
         logging.disable_progress_bar()
         try:
             network, info = auto_class.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True
+                path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=local
             )
         finally:
             logging.set_verbosity(verbosity)
@@ -64,13 +69,34 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
     return network
 
 
+def is_local(path: str) -> bool:
+    """Is it a folder, or in the hub's cache? Then nothing asks the network, and runs agree.
+
+    Else the hub must be reachable: InputError after 5 s, where the hub's own retries would take a minute.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(path).is_dir() or constants.HF_HUB_OFFLINE:
+        return True
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise InputError(f"model.path {path}: no such folder.")
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return True
+    if not getproxies():
+        url = urlsplit(constants.ENDPOINT)
+        try:
+            address = (url.hostname or "", url.port or (80 if url.scheme == "http" else 443))
+            socket.create_connection(address, timeout=5).close()
+        except OSError as error:
+            raise InputError(_cannot_load("model", path, error)) from None
+    return False
+
+
 def _cannot_load(what: str, path: str, error: Exception) -> str:
     folder = Path(path)
     reason = " ".join(str(error).split())[:200]
     if folder.is_dir():
         return f"model.path {path}: no {what} can be loaded from this folder: {reason}"
-    if "/" in path and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        return f"model.path {path}: no such folder."
     return (
         f"model.path {path}: no such folder, and the {what} could not be had from the hub ({reason})."
         f" Without network: download it elsewhere (hf download {path} --local-dir FOLDER), give that folder."

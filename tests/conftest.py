@@ -106,7 +106,7 @@ def launch(tmp_path: Path) -> Launch:
 
 @pytest.fixture
 def train(options: dict[str, Any]) -> Callable[..., Any]:
-    """plainloop train in this process: train(**{"seed": 1}) with changes to `options`; returns the Verdict."""
+    """plainloop train in this process: train(**{"seed": 1}) changes `options`; returns the Verdict."""
 
     def run(**changes: Any) -> Any:
         from plainloop.trainer.config import TrainConfig

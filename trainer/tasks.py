@@ -60,7 +60,11 @@ class SpanTask:
             path, new_head=new_head, dropout=config.dropout, attention_dropout=config.attention_dropout
         )
         if config.activation_checkpointing:
-            model.network.gradient_checkpointing_enable({"use_reentrant": False})
+            network = model.network  # transformers 5.2x gave the method a new name
+            enable = getattr(
+                network, "activation_checkpointing_enable", network.gradient_checkpointing_enable
+            )
+            enable({"use_reentrant": False})
         if self.world.device.type == "cpu":
             speed_up_dropout(model.network)
         return model

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Set up and run all checks: tests/run.sh [--slow] [pytest options]
+#   --slow    the slow tests too
+# Tests on real data want PLAINLOOP_REAL_DATA to name its folder; without it they are skipped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh dev
+select=(-m "not slow")
+if [ "${1:-}" = --slow ]; then
+  select=()
+  shift
+fi
+ruff check .
+ruff format --check .
+mypy
+exec python -m pytest "${select[@]}" "$@"

@@ -1,0 +1,172 @@
+"""Damage of every kind to every file of a checkpoint is found, and the older one is taken."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plainloop.data.types import InputError
+from plainloop.trainer.checkpoint import (
+    newest_good,
+    restore,
+    retain,
+    save_checkpoint,
+    verify,
+    write_atomically,
+)
+from plainloop.trainer.state import TrainState
+
+
+def state_at(step: int) -> TrainState:
+    torch.manual_seed(step)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = TrainState(
+        model, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu")
+    )
+    state.step = step
+    return state
+
+
+def save(folder: Path, step: int) -> TrainState:
+    from safetensors.torch import save_file
+
+    state = state_at(step)
+    save_checkpoint(
+        folder,
+        state,
+        lambda path: save_file(state.model.state_dict(), path / "model.safetensors"),
+        {"loss_sum": 1.5},
+    )
+    return state
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip_one_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, flip_one_bit])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_newest_is_reported_and_the_older_one_is_taken(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    for step in (5, 12):
+        save(tmp_path, step)
+    damage(tmp_path / "step-00000012" / name)
+    said: list[str] = []
+    found = newest_good(tmp_path, said.append)
+    assert found is not None and found.state["step"] == 5
+    assert len(said) == 1 and "step-00000012" in said[0]
+    if name != "manifest.json":
+        assert name in said[0]
+    assert not (tmp_path / "step-00000012").exists()
+
+
+def test_all_bad_is_an_error_that_lists_them(tmp_path: Path) -> None:
+    for step in (5, 12):
+        save(tmp_path, step)
+        truncate(tmp_path / f"step-{step:08d}" / "model.safetensors")
+    with pytest.raises(InputError, match="(?s)step-00000012: model.safetensors has .*step-00000005"):
+        newest_good(tmp_path, lambda _: None)
+    assert newest_good(tmp_path / "empty", lambda _: None) is None
+
+
+def test_state_comes_back_by_the_bit(tmp_path: Path) -> None:
+    saved = save(tmp_path, 7)
+    found = newest_good(tmp_path, lambda _: None)
+    assert found is not None
+    fresh = state_at(8)
+    restore(fresh, found, is_main=True)
+    assert fresh.step == 7 and fresh.loss_sum.item() == 1.5
+    left, right = saved.optimizer_tensors(), fresh.optimizer_tensors()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_retention_by_step_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    os.utime(tmp_path / "step-00000001", (2**31, 2**31))  # a clock that went wrong decides nothing
+    (tmp_path / ".tmp-step-00000009-1").mkdir()
+    retain(tmp_path, keep_last=1, best_step=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+
+    def fail(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, state_at(2), fail, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_permissions_follow_the_umask_and_no_file_is_a_pickle(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for file in (tmp_path / "step-00000001").iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~_umask()
+        assert file.suffix in (".json", ".safetensors")
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_disk_full_ends_with_one_line_and_the_old_checkpoint(
+    small_disk: Path, options: dict[str, Any], train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from plainloop.trainer.loop import Verdict
+
+    small = {"run_dir": small_disk / "run", "max_steps": 6}
+    assert train(**small, stop_at_step=2) == Verdict.STOPPED
+    (small_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 300_000))
+    with pytest.raises(InputError, match="No space left|MB free"):
+        train(**small)
+    assert "checkpoint NOT saved" in capsys.readouterr().err
+    checkpoints = small_disk / "run/checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    assert verify(checkpoints / "step-00000002") is None
+    (small_disk / "ballast").unlink()
+    assert train(**small) == Verdict.COMPLETED
+
+
+def test_small_files_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a.json", "1")
+    write_atomically(tmp_path / "a.json", json.dumps({"b": 2}))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
