@@ -60,12 +60,14 @@ def decode(
                 with autocast(precision, world.device):
                     logits = model(**inputs)
                 total_loss += loss_sum(logits, labels).item()
-                parts.append(_best(logits, rows, store, config))
+                parts.append(decode_logits(logits.float().cpu().numpy(), rows, store, config))
                 bar.update(len(rows))
     finally:
         model.train(was_training)
     if not parts:  # more ranks than micro-batches
-        return _best(torch.zeros(0, 1, 2), np.zeros(0, dtype=np.int64), store, config), 0.0
+        return decode_logits(
+            np.zeros((0, 1, 2), dtype=np.float32), np.zeros(0, dtype=np.int64), store, config
+        ), 0.0
     width = max(part.score.shape[1] for part in parts)
     padded = [
         Spans(p.row, p.null, *(_widen(a, width) for a in (p.score, p.char_start, p.char_end))) for p in parts
@@ -120,9 +122,10 @@ def write_predictions(
         ) from None
 
 
-def _best(logits: Tensor, rows: np.ndarray, store: Store, config: EvaluationConfig) -> Spans:
+def decode_logits(logits: np.ndarray, rows: np.ndarray, store: Store, config: EvaluationConfig) -> Spans:
+    """Best spans of one batch: (B, L, 2) fp32 -> Spans."""
     return best_spans(
-        logits.float().cpu().numpy(),
+        logits,
         rows,
         store,
         max_answer_length=config.max_answer_length,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from plainloop.data.demo import write_demo
 from plainloop.data.squad import read_squad
 
