@@ -119,23 +119,25 @@ def answers(
     if not np.array_equal(spans.row[order], np.arange(len(store))):
         raise AssertionError(f"{len(spans.row)} windows were decoded, not each of {len(store)} once")
     spans = Spans(*(array[order] for array in spans))
-    bounds = np.searchsorted(np.asarray(store.arrays["example"]), np.arange(len(examples) + 1))
-    return [
-        _predict(example, Spans(*(array[a:b] for array in spans)), threshold, num_best)
-        for example, a, b in zip(examples, bounds[:-1], bounds[1:], strict=True)
-    ]
-
-
-def _predict(example: Example, spans: Spans, threshold: float, num_best: int) -> Prediction:
-    null = float(spans.null.min())
-    window, k = divmod(int(np.argmax(spans.score)), spans.score.shape[1])
-    best_score = float(spans.score[window, k])
-    best = example.context[spans.char_start[window, k] : spans.char_end[window, k]]
-    if not np.isfinite(best_score):
-        best, best_score = "", null
-    score_diff = null - best_score
-    text = "" if score_diff > threshold else best
-    return Prediction(text, best, score_diff, _nbest(example, spans, null, num_best) if num_best else [])
+    first = np.searchsorted(np.asarray(store.arrays["example"]), np.arange(len(examples)))  # window of each
+    owner = np.repeat(np.arange(len(examples)), np.diff(first, append=len(store)))
+    null = np.minimum.reduceat(spans.null, first).astype(np.float64)
+    window_best = spans.score[:, 0]
+    best_score = np.maximum.reduceat(window_best, first)
+    winners = np.flatnonzero(window_best == best_score[owner])
+    window = winners[np.unique(owner[winners], return_index=True)[1]]  # the first of equals
+    score_diff = np.where(np.isfinite(best_score), null - best_score.astype(np.float64), 0.0).tolist()
+    start, end = spans.char_start[window, 0].tolist(), spans.char_end[window, 0].tolist()
+    predictions = []
+    for i, example in enumerate(examples):
+        best = example.context[start[i] : end[i]]
+        text = "" if score_diff[i] > threshold else best
+        nbest: list[dict[str, float | str]] = []
+        if num_best:
+            windows = slice(first[i], first[i + 1] if i + 1 < len(first) else None)
+            nbest = _nbest(example, Spans(*(array[windows] for array in spans)), float(null[i]), num_best)
+        predictions.append(Prediction(text, best, score_diff[i], nbest))
+    return predictions
 
 
 def _nbest(example: Example, spans: Spans, null: float, num_best: int) -> list[dict[str, float | str]]:

@@ -32,9 +32,9 @@ def token_f1(gold: str, predicted: str) -> float:
     gold_tokens, predicted_tokens = normalize_answer(gold).split(), normalize_answer(predicted).split()
     if not gold_tokens or not predicted_tokens:
         return int(gold_tokens == predicted_tokens)
-    common = sum((Counter(gold_tokens) & Counter(predicted_tokens)).values())
-    if common == 0:
+    if set(gold_tokens).isdisjoint(predicted_tokens):
         return 0
+    common = sum((Counter(gold_tokens) & Counter(predicted_tokens)).values())
     precision, recall = common / len(predicted_tokens), common / len(gold_tokens)
     return 2 * precision * recall / (precision + recall)
 
@@ -73,10 +73,11 @@ def _per_question(
     exact: dict[str, float] = {}
     f1: dict[str, float] = {}
     for example in examples:
-        golds = [a.text for a in example.answers if normalize_answer(a.text)] or [""]
+        golds = {normalize_answer(a.text) for a in example.answers} - {""} or {""}
         predicted = predictions.get(example.id, "")
-        exact[example.id] = max(exact_match(gold, predicted) for gold in golds)
-        f1[example.id] = max(token_f1(gold, predicted) for gold in golds)
+        exact[example.id] = int(normalize_answer(predicted) in golds)
+        # An equal text has F1 1 exactly, and normalising twice changes nothing.
+        f1[example.id] = exact[example.id] or max(token_f1(gold, predicted) for gold in golds)
     return exact, f1
 
 
