@@ -1,5 +1,4 @@
-"""Span logits -> answers: the inverse of features. numpy only, vectorised over windows, exhaustive over
-spans.
+"""Span logits -> answers: the inverse of features. Vectorised numpy, exhaustive over spans.
 
 Two halves: `best_spans` runs where the logits are (any rank) and turns a batch into a few numbers for each
 window; `answers` runs once, on all windows of a data set, and turns those into texts.
@@ -46,8 +45,7 @@ def best_spans(
     logits: (B, L, 2) float32. Ties: the earlier start, then the shorter span.
 
     A span among the K best has one of the K best starts (each start judged by its best end), so K * M sums
-    are enough for an exact answer (K best, M the longest answer); the best end of every start is a sliding
-    maximum.
+    are enough for an exact answer (K best, M the longest answer). Best ends are a sliding maximum.
     """
     context = np.asarray(store.arrays["context"][rows])
     position = np.arange(logits.shape[1])

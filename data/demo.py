@@ -104,9 +104,7 @@ def write_demo(folder: Path, *, contexts: int = 600, seed: int = 7) -> tuple[Pat
 
 
 def make_part(part: str, contexts: int, seed: int) -> dict[str, Any]:
-    """SQuAD 2.0 content: each context holds three facts, with three questions, about every third
-    unanswerable.
-    """
+    """SQuAD 2.0 content: each context holds three facts, with three questions; a third are unanswerable."""
     source = random.Random(f"{seed}-{part}")
     people, places = _names(part)
     paragraphs = []

@@ -99,9 +99,7 @@ class Steps(Dataset[StepBatch]):
         return self._epoch[1][index]
 
     def _empty(self, rows: np.ndarray) -> MicroBatch:
-        """For a rank without a share: the shortest row with labels that count for nothing, so DDP never
-        waits.
-        """
+        """For a rank without a share: the shortest row with labels that count for nothing."""
         shortest = rows[[np.argmin(self.sampler.lengths[rows])]]
         inputs, labels = self.collate(shortest)
         return MicroBatch(

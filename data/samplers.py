@@ -48,9 +48,7 @@ class Sampler:
         return self.epoch_batches(epoch)[index]
 
     def epoch_batches(self, epoch: int) -> list[np.ndarray]:
-        """All global batches of an epoch, in order. O(N log N), 0.1 s for 130,000 rows: keep it for the
-        epoch.
-        """
+        """All global batches of an epoch, in order. O(N log N), 0.1 s for 130,000 rows."""
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         order = random.permutation(len(self.lengths))
         if self.bucket:
@@ -65,8 +63,7 @@ def split(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int
     """Micro-batches of a global batch for each rank.
 
     Rows go longest first to the rank with the least padded tokens, then each share is cut into micro-batches
-    of at most `tokens` padded tokens. An empty share is [], and its rank runs a micro-batch that counts for
-    nothing.
+    of at most `tokens` padded tokens. An empty share is []: its rank runs a micro-batch without weight.
     """
     order = _longest_first(rows, lengths)
     shares = _least_loaded(order, [padded(int(n)) for n in lengths[order]], world_size)
@@ -83,9 +80,7 @@ def deal(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int)
 
 
 def cut(rows: np.ndarray, lengths: np.ndarray, *, tokens: int) -> list[np.ndarray]:
-    """Cut rows, longest first, into micro-batches of at most `tokens` padded tokens (one row alone may have
-    more).
-    """
+    """Rows, longest first -> micro-batches of at most `tokens` padded tokens (one alone may be longer)."""
     micro_batches: list[np.ndarray] = []
     start = 0
     while start < len(rows):

@@ -69,9 +69,7 @@ def cache_folder(configured: str | None) -> Path:
 
 
 def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]) -> Store:
-    """Open the store at `path`; when there is none yet, make it. Safe beside other processes that do the
-    same.
-    """
+    """Open the store at `path`; when there is none yet, make it. Others may do the same at the same time."""
     if not (path / "meta.json").exists():
         arrays, meta = make()
         try:

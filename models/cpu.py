@@ -1,9 +1,7 @@
-"""Dropout that is cheap on a CPU. There torch draws a mask one number at a time: 40 % of a training step's
-time.
+"""Dropout that is cheap on a CPU. There torch draws a mask one number at a time: 40 % of a step's time.
 
 `speed_up_dropout` swaps a network's dropout modules and its attention for versions that draw 16 random bits
-an element from the same generator (torch's, seeded as always). On a GPU nothing is swapped: its kernels are
-fused.
+an element from the same generator (torch's, seeded as always). On a GPU nothing is swapped.
 """
 
 from __future__ import annotations
@@ -57,11 +55,9 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention with cheap dropout. query, key, value: (B, heads, L, d) -> (B, L, heads,
-    d).
+    """Scaled dot-product attention with cheap dropout. (B, heads, L, d) -> (B, L, heads, d).
 
-    attention_mask: None or bool (B, 1, L, L), True where a position may be seen. Without dropout: torch's
-    own.
+    attention_mask: None or bool (B, 1, L, L), True where a position may be seen.
     """
     if dropout == 0.0:
         output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)

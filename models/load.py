@@ -28,8 +28,7 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_network(auto_class: Any, path: str, *, head: str | None = None, **overrides: Any) -> Any:
-    """`auto_class.from_pretrained(path)` in fp32 with config overrides; quiet about a new head, loud about
-    the rest.
+    """`auto_class.from_pretrained(path)` in fp32 with config overrides; quiet about a new head only.
 
     head: prefix of the parameters that may be new. Raises InputError when the model can't be loaded, or when
     other weights are missing: an encoder with random layers would train in silence.

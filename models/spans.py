@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plainloop.data.types import IGNORE_INDEX, InputError
+from plainloop.models.cpu import ATTENTION
 from plainloop.models.load import load_network
 
 HEAD = "qa_outputs"  # what transformers calls the start/end head in its *ForQuestionAnswering classes
 
 
+# Encoders in which the padding mask goes to the attention and nowhere else. They get its final form, bool
+# (B, 1, L, L): of a mask (B, L), transformers asks whether anything is masked, which is a host sync.
+PLAIN_ATTENTION = {"bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"}
+
+
 class SpanModel(nn.Module):
-    """A transformers *ForQuestionAnswering network (encoder without pooler) that returns logits and nothing
-    else.
+    """A transformers *ForQuestionAnswering network (encoder without pooler) that returns logits alone.
 
     Same parameters and names inside, so a checkpoint of ours loads there and the other way round.
     """
@@ -26,11 +31,15 @@ class SpanModel(nn.Module):
         self.network = network
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """inputs: (B, L) int64 -> start and end logits (B, L, 2), fp32, -inf-like on padding."""
+        """inputs: (B, L) int64 -> start and end logits (B, L, 2), fp32, the lowest number on padding."""
+        visible = inputs["attention_mask"] != 0
+        config = self.network.config
+        if config.model_type in PLAIN_ATTENTION and config._attn_implementation in ("sdpa", ATTENTION):
+            length = visible.shape[1]
+            inputs = {**inputs, "attention_mask": visible[:, None, None, :].expand(-1, 1, length, -1)}
         output = self.network(**inputs, return_dict=True)
         logits = torch.stack([output.start_logits, output.end_logits], dim=-1).float()
-        padding = inputs["attention_mask"].unsqueeze(-1) == 0
-        return logits.masked_fill(padding, torch.finfo(torch.float32).min)
+        return logits.masked_fill(~visible.unsqueeze(-1), torch.finfo(torch.float32).min)
 
 
 def load_span_model(

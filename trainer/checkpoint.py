@@ -46,6 +46,8 @@ def save_checkpoint(
 
     save_model writes what from_pretrained reads; extra goes into state.json. Raises OSError.
     """
+    from safetensors import SafetensorError
+
     final = folder / f"{PREFIX}{state.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, checkpoint_bytes(state.model))
@@ -66,8 +68,8 @@ def save_checkpoint(
         _sync(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if "No space left" in str(error) and not isinstance(error, OSError):  # safetensors has its own errors
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary)) from None
+        if isinstance(error, SafetensorError):  # it hides the number of the I/O error in its text
+            raise OSError(errno.EIO, str(error), str(temporary)) from None
         raise
     return final
 
@@ -129,9 +131,7 @@ def verify(path: Path) -> str | None:
 
 
 def retain(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Rank 0 only. Delete all but the last K and the best, by step number; sweep what crashed saves left
-    behind.
-    """
+    """Rank 0 only. Delete all but the last K and the best, by step number; sweep what crashed saves left."""
     steps = sorted(folder.glob(f"{PREFIX}*"))
     for path in steps[:-keep_last]:
         if path.name != f"{PREFIX}{best_step or -1:08d}":

@@ -1,6 +1,4 @@
-"""World (who am I), the process group, and the few collectives there are. Alone, every one of them is a no-
-op.
-"""
+"""World (who am I), the process group, and the few collectives there are. Alone, each is a no-op."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ class World:
 
 
 def world_from_env(device: str = "auto") -> World:
-    """Read what torchrun set (RANK, WORLD_SIZE, LOCAL_RANK); without any of it: one process. No group is
-    opened.
-    """
+    """Read what torchrun set (RANK, WORLD_SIZE, LOCAL_RANK); without: one process. No group is opened."""
     given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if len({value is None for value in given.values()}) > 1:
         raise InputError(f"environment: {given} is half set; start with torchrun, or unset both.")

@@ -10,7 +10,6 @@ A hook is a callable that gets a Progress at every step boundary, on all ranks. 
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import time
@@ -62,9 +61,7 @@ class Stopwatch:
 
 
 class Stop:
-    """All ranks agree whether any of them was asked to stop; the answer comes one boundary late, the same for
-    all.
-    """
+    """All ranks agree whether any of them was asked to stop: one answer for all, one boundary late."""
 
     def __init__(self, request: StopRequest, at_step: int | None) -> None:
         self.request = request
@@ -88,9 +85,7 @@ class Stop:
 
 
 class NonFinite:
-    """All ranks. Ends the run after so many skipped steps in a row; looks only every `limit` steps: a host
-    sync.
-    """
+    """All ranks. Ends the run after so many skipped steps in a row; looks every `limit` steps."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -107,9 +102,7 @@ class NonFinite:
 
 
 class LogLine:
-    """All ranks take part in the sum of the loss; rank 0 writes. The one place where the loop waits for the
-    device.
-    """
+    """All ranks take part in the sum of the loss; rank 0 writes. Here alone the loop waits for the device."""
 
     def __init__(self, log: Log, every: int, watch: Stopwatch, lr: Callable[[int], float]) -> None:
         self.log, self.every, self.watch, self.lr = log, every, watch, lr
@@ -153,9 +146,7 @@ class LogLine:
 
 
 class Evaluate:
-    """All ranks. Evaluates when due, records it in the state, and stops early when the metric no longer
-    improves.
-    """
+    """All ranks. Evaluates when due, records it in the state, and stops when nothing improves."""
 
     def __init__(
         self,
@@ -231,6 +222,8 @@ class SaveCheckpoint:
         best = best_step(state, self.metric)
         every = every_or_epoch(self.config.every_steps, progress)
         wanted = due(state.step, every, progress.total_steps) or best == state.step or state.stop is not None
+        if state.step == self.saved_step:  # resumed here; an evaluation that was made up for may be the best
+            self._retain_and_point(best)
         if not wanted or state.step in (0, self.saved_step):
             return
         # The sum so far of an open log line goes into the checkpoint as the sum over all ranks.
@@ -248,18 +241,22 @@ class SaveCheckpoint:
         """Rank 0 only. None, or why it failed."""
         if not self.world.is_main:
             return None
-        folder = self.run_dir / "checkpoints"
         try:
-            path = save_checkpoint(folder, state, self.save_model, {**self.extra, "loss_sum": window})
+            extra = {**self.extra, "loss_sum": window}
+            path = save_checkpoint(self.run_dir / "checkpoints", state, self.save_model, extra)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                return f"{error.filename or folder}: {error.strerror}"
-            raise
-        retain(folder, keep_last=self.config.keep_last, best_step=best)
-        if best is not None and (folder / f"step-{best:08d}").exists():
-            _point(self.run_dir / "best", Path("checkpoints") / f"step-{best:08d}")
+            return f"{error.filename or self.run_dir}: {error.strerror or error}"
+        self._retain_and_point(best)
         self.log.say(f"step {state.step}: saved {path}")
         return None
+
+    def _retain_and_point(self, best: int | None) -> None:
+        """Rank 0 only. Delete what is no longer kept; RUN/best leads to the best."""
+        folder = self.run_dir / "checkpoints"
+        if self.world.is_main:
+            retain(folder, keep_last=self.config.keep_last, best_step=best)
+            if best is not None and (folder / f"step-{best:08d}").exists():
+                _point(self.run_dir / "best", Path("checkpoints") / f"step-{best:08d}")
 
 
 def _point(link: Path, target: Path) -> None:

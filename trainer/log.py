@@ -1,6 +1,4 @@
-"""What a run tells: lines on the console (above a tqdm bar on a terminal), metrics.jsonl, TensorBoard. Rank 0
-only.
-"""
+"""What a run tells: lines on the console (above a bar on a terminal), metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ class Log:
             )
 
     def start(self, step: int, total_steps: int) -> None:
-        """Rank 0 only. Forget what was recorded after `step`: a resumed run writes it again, with the same
-        values.
-        """
+        """Rank 0 only. Forget what was recorded after `step`: a resumed run writes it again."""
         if not self._enabled:
             return
         if self._file.exists():
@@ -59,9 +55,7 @@ class Log:
             self._bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", mininterval=1)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl and the same as TensorBoard scalars `kind/name`. Not-finite values are
-        text.
-        """
+        """One line of metrics.jsonl and the same as TensorBoard scalars `kind/name`. NaN is text."""
         if not self._enabled:
             return
         safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -76,10 +76,10 @@ def fit(
     while True:
         for hook in hooks:
             hook(progress)
-        if state.step == progress.total_steps:
-            return Verdict.COMPLETED
         if state.stop:
             return Verdict.STOPPED
+        if state.step == progress.total_steps:
+            return Verdict.COMPLETED
         asked = time.perf_counter()
         batch = next(batches)
         traffic.waiting_s += time.perf_counter() - asked

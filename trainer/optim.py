@@ -12,9 +12,7 @@ from plainloop.trainer.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: decayed weights, and the rest (biases and norm weights, which are the vectors) without
-    decay.
-    """
+    """Two groups: decayed weights, and the rest, without (vectors: biases and norm weights)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
@@ -23,9 +21,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel, and it can skip a step on the
-    device.
-    """
+    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel, which can skip a step."""
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

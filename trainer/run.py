@@ -8,7 +8,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,9 +41,7 @@ TOKENS_PER_DEVICE = {"cuda": 8192, "cpu": 4096}
 
 
 def train(config: TrainConfig) -> Verdict:
-    """All ranks. Train from the start or from the run folder's newest good checkpoint to the end, or to a
-    stop.
-    """
+    """All ranks. Train from the start or from the run folder's newest checkpoint, to the end or a stop."""
     with ExitStack() as stack:
         # Who and where.
         check_train_config(config)
@@ -170,7 +168,7 @@ def find_checkpoint(
 
 def wrap(model: nn.Module, world: World, *, compile_it: bool) -> nn.Module:
     """Compiled if asked for; DDP only when there is somebody to average with."""
-    wrapped: nn.Module = torch.compile(model, dynamic=True) if compile_it else model  # type: ignore[assignment]
+    wrapped = cast(nn.Module, torch.compile(model, dynamic=True)) if compile_it else model
     if world.size == 1:
         return wrapped
     ids = [world.device.index] if world.device.type == "cuda" else None

@@ -1,6 +1,4 @@
-"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 set a flag, and so does a file RUN/stop. Nothing else happens
-here.
-"""
+"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 set a flag, and so does a file RUN/stop."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Tasks: the one place where data meets models. A task gives the loop batches and a loss, and evaluates
-itself.
-"""
+"""Tasks: the one place where data meets models. A task makes batches and a loss, and evaluates."""
 
 from __future__ import annotations
 
@@ -45,9 +43,7 @@ class SpanTask:
         features.question_limit(self.tokenizer, max_length=data.max_length, stride=data.stride)
 
     def prepare(self, path: str, *, limit: int | None = None) -> Store:
-        """All ranks, outside any process group: rank 0 tokenises, unless that was done before; the others
-        wait.
-        """
+        """All ranks, outside any process group: rank 0 tokenises, once; the others wait."""
         folder = store.cache_folder(self.data.cache_dir) / f"spans-{self._digest(path, limit)}"
         if not self.world.is_main:
             return store.wait_for(folder)

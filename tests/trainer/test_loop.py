@@ -248,3 +248,31 @@ def test_the_step_never_waits_for_the_gpu_and_resume_is_exact(
     train(device="cuda", precision=precision, max_steps=8, run_dir=tmp_path / "stopped", stop_at_step=3)
     train(device="cuda", precision=precision, max_steps=8, run_dir=tmp_path / "stopped")
     assert_same_bits(tensors(tmp_path / "stopped", 8), tensors(options["run_dir"], 8))
+
+
+def test_the_hot_path_never_asks_the_device_for_a_number(tiny_model: Path) -> None:
+    """Every read of a tensor's value (item, bool, a data-dependent shape) shows as one of these operators."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        reads: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal"):
+                self.reads.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    from plainloop.models.spans import load_span_model, span_loss_sum
+
+    model = load_span_model(str(tiny_model), new_head=True).train()
+    state = TrainState(model, model, make_optimizer(model, OptimConfig()), make_scaler("bf16", CPU), CPU)
+    options = StepOptions(span_loss_sum, lambda _: 1e-3, World(0, 1, 0, CPU), 1, "bf16", 1.0)
+    inputs = {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    inputs["attention_mask"][1, 9:] = 0
+    labels = {name: torch.tensor([1, 2]) for name in ("start", "end")}
+    step = StepBatch([MicroBatch(inputs, labels)] * 2, divisor=4, examples=4, tokens=50, padded_tokens=64)
+    with Watch() as watch:
+        train_step(state, step, options)
+        assert watch.reads == []
+        state.grad_norm.item()
+        assert watch.reads  # the watch sees one when there is one
