@@ -47,6 +47,7 @@ def best_spans(
     A span among the K best has one of the K best starts (each start judged by its best end), so K * M sums
     are enough for an exact answer (K best, M the longest answer). Best ends are a sliding maximum.
     """
+    logits = np.nan_to_num(logits, nan=-np.inf, posinf=np.inf, neginf=-np.inf)  # NaN is never best
     context = np.asarray(store.arrays["context"][rows])
     position = np.arange(logits.shape[1])
     outside = (position < context[:, :1]) | (position >= context[:, 1:])
@@ -124,7 +125,9 @@ def answers(
     best_score = np.maximum.reduceat(window_best, first)
     winners = np.flatnonzero(window_best == best_score[owner])
     window = winners[np.unique(owner[winners], return_index=True)[1]]  # the first of equals
-    score_diff = np.where(np.isfinite(best_score), null - best_score.astype(np.float64), 0.0).tolist()
+    score_diff = np.subtract(
+        null, best_score, where=np.isfinite(best_score), out=np.zeros_like(null)
+    ).tolist()
     start, end = spans.char_start[window, 0].tolist(), spans.char_end[window, 0].tolist()
     predictions = []
     for i, example in enumerate(examples):

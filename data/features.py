@@ -71,10 +71,30 @@ class _Job:
         self.question_limit = question_limit
 
     def __call__(self, examples: Sequence[Example]) -> Arrays:
-        questions, capped = zip(*(self._cap(e.question.strip()) for e in examples), strict=True)
-        encoded = self.tokenizer(
-            list(questions),
-            [e.context for e in examples],
+        questions = [e.question.strip() for e in examples]
+        tokens = self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
+        capped = np.array([len(ids) > self.question_limit for ids in tokens])
+        for i in np.flatnonzero(capped):
+            questions[i] = self._cap(questions[i])
+        try:
+            encoded = self._encode(questions, [e.context for e in examples])
+        except BaseException as error:  # a Rust panic is no Exception: in a worker it would hang the pool
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise RuntimeError(
+                f"the tokenizer failed on a question from {examples[0].id!r} on: {error}"
+            ) from None
+        owners = np.asarray(encoded["overflow_to_sample_mapping"])
+        rows = [
+            _window(encoding, examples[owner], self.tokenizer.cls_token_id)
+            for encoding, owner in zip(encoded.encodings, owners, strict=True)
+        ]
+        return _window_arrays(rows, np.bincount(owners, minlength=len(examples)), capped)
+
+    def _encode(self, questions: list[str], contexts: list[str]) -> Any:
+        return self.tokenizer(
+            questions,
+            contexts,
             truncation="only_second",
             max_length=self.max_length,
             stride=self.stride,
@@ -82,26 +102,17 @@ class _Job:
             return_offsets_mapping=True,
             verbose=False,
         )
-        owners = np.asarray(encoded["overflow_to_sample_mapping"])
-        rows = [
-            _window(encoding, examples[owner], self.tokenizer.cls_token_id)
-            for encoding, owner in zip(encoded.encodings, owners, strict=True)
-        ]
-        return _window_arrays(rows, np.bincount(owners, minlength=len(examples)), np.array(capped))
 
-    def _cap(self, question: str) -> tuple[str, bool]:
+    def _cap(self, question: str) -> str:
         """Cut a question to the limit, at a token's border. Only absurdly long ones are cut."""
-        if len(question) <= self.question_limit:  # a token has at least one character
-            return question, False
-        capped = False
         limit = self.question_limit
         while True:
             encoding = self.tokenizer(
                 question, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             if len(encoding["input_ids"]) <= self.question_limit:
-                return question, capped
-            question, capped = question[: encoding["offset_mapping"][limit - 1][1]], True
+                return question
+            question = question[: encoding["offset_mapping"][limit - 1][1]]
             limit -= 1  # the cut end may tokenise into more pieces than before
 
 

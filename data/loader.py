@@ -107,9 +107,7 @@ class Steps(Dataset[StepBatch]):
         )
 
 
-def step_batches(
-    steps: Steps, *, start: int, total: int, workers: int, pin: bool, timeout_s: float = 0
-) -> Iterator[StepBatch]:
+def step_batches(steps: Steps, *, start: int, total: int, workers: int, pin: bool) -> Iterator[StepBatch]:
     """This rank's batches of steps start ... total - 1. Workers only fetch ahead; they decide nothing."""
     loader = DataLoader(
         steps,
@@ -119,13 +117,11 @@ def step_batches(
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals_to_parent if workers else None,
-        timeout=timeout_s if workers else 0,
     )
     return iter(loader)
 
 
 def _leave_signals_to_parent(_: int) -> None:
     """torchrun signals the whole process group: a worker that died of it would end the run too soon."""
-    torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -47,6 +47,8 @@ def read_json(path: Path) -> Any:
     """Parse a UTF-8 JSON file; an error names file, line and column."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}.") from None
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg}). Is the download complete?"

@@ -77,7 +77,7 @@ def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, 
             temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
         except OSError as error:
             raise InputError(
-                f"data.cache_dir {path.parent}: {error.strerror}; choose a writable folder."
+                f"data.cache_dir {path.parent}: {error.strerror or error}; choose a writable folder."
             ) from None
         try:
             for name, array in arrays.items():
@@ -88,7 +88,7 @@ def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, 
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if not (path / "meta.json").exists():  # otherwise another process was faster: the same content
-                raise InputError(f"data.cache_dir {path.parent}: {error.strerror}.") from None
+                raise InputError(f"data.cache_dir {path.parent}: {error.strerror or error}.") from None
     return Store(path)
 
 

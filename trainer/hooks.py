@@ -10,6 +10,7 @@ A hook is a callable that gets a Progress at every step boundary, on all ranks. 
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
@@ -93,16 +94,16 @@ class NonFinite:
     def __call__(self, progress: Progress) -> None:
         step = progress.state.step
         if self.limit and due(step, self.limit, progress.total_steps):
-            if (in_a_row := int(progress.state.nonfinite_run)) >= self.limit:
+            if (in_a_row := int(progress.state.nonfinite_worst)) >= self.limit:
                 raise FloatingPointError(
-                    f"the loss or its gradient was NaN or Inf in the last {in_a_row} steps, to step {step};"
+                    f"the loss or its gradient was NaN or Inf in {in_a_row} steps in a row, by step {step};"
                     " none was applied. Try a lower optim.lr, a longer optim.warmup, precision fp32 (or bf16"
                     " instead of fp16), or look at the data."
                 )
 
 
 class LogLine:
-    """All ranks take part in the sum of the loss; rank 0 writes. Here alone the loop waits for the device."""
+    """All ranks take part in the sum of the loss; rank 0 writes. Waits for the device."""
 
     def __init__(self, log: Log, every: int, watch: Stopwatch, lr: Callable[[int], float]) -> None:
         self.log, self.every, self.watch, self.lr = log, every, watch, lr
@@ -163,7 +164,7 @@ class Evaluate:
         done = any(record["step"] == state.step for record in state.evaluations)
         if not done and state.stop is None and due(state.step, every, progress.total_steps):
             self._run(state, metric)
-        best = best_step(state, metric)
+        best = best_step(state.evaluations, metric)
         if self.config.early_stopping and best is not None and state.step < progress.total_steps:
             later = sum(record["step"] > best for record in state.evaluations)
             if later >= self.config.early_stopping:
@@ -188,10 +189,11 @@ class Evaluate:
         self.log.say(f"step {state.step}: {shown}  ({seconds:.0f} s)")
 
 
-def best_step(state: TrainState, metric: str) -> int | None:
-    """Step of the best evaluation so far (the first of equals), or None."""
+def best_step(evaluations: list[dict[str, Any]], metric: str) -> int | None:
+    """Step of the best evaluation (the first of equals; NaN is never best), or None."""
     sign = -1 if metric.endswith("loss") else 1
-    ranked = [(sign * record[metric], -record["step"]) for record in state.evaluations if metric in record]
+    values = [(sign * record[metric], -record["step"]) for record in evaluations if metric in record]
+    ranked = [pair for pair in values if math.isfinite(pair[0])]
     return -max(ranked)[1] if ranked else None
 
 
@@ -219,17 +221,17 @@ class SaveCheckpoint:
 
     def __call__(self, progress: Progress) -> None:
         state = progress.state
-        best = best_step(state, self.metric)
+        best = best_step(state.evaluations, self.metric)
         every = every_or_epoch(self.config.every_steps, progress)
         wanted = due(state.step, every, progress.total_steps) or best == state.step or state.stop is not None
         if state.step == self.saved_step:  # resumed here; an evaluation that was made up for may be the best
-            self._retain_and_point(best)
+            self._retain_and_point(state)
         if not wanted or state.step in (0, self.saved_step):
             return
         # The sum so far of an open log line goes into the checkpoint as the sum over all ranks.
         window = sum_over_ranks(state.loss_sum.clone()).item()
         started = time.perf_counter()
-        self.failed = broadcast_json(self.watch.time("save", lambda: self._save(state, best, window)))
+        self.failed = broadcast_json(self.watch.time("save", lambda: self._save(state, window)))
         seconds = time.perf_counter() - started
         if self.failed:
             self.log.say(f"WARNING: step {state.step}: checkpoint NOT saved: {self.failed}")
@@ -237,26 +239,29 @@ class SaveCheckpoint:
         self.saved_step = state.step
         self.log.record("save", state.step, {"seconds": seconds})
 
-    def _save(self, state: TrainState, best: int | None, window: float) -> str | None:
+    def _save(self, state: TrainState, window: float) -> str | None:
         """Rank 0 only. None, or why it failed."""
         if not self.world.is_main:
             return None
         try:
             extra = {**self.extra, "loss_sum": window}
             path = save_checkpoint(self.run_dir / "checkpoints", state, self.save_model, extra)
+            self._retain_and_point(state)
         except OSError as error:
             return f"{error.filename or self.run_dir}: {error.strerror or error}"
-        self._retain_and_point(best)
         self.log.say(f"step {state.step}: saved {path}")
         return None
 
-    def _retain_and_point(self, best: int | None) -> None:
-        """Rank 0 only. Delete what is no longer kept; RUN/best leads to the best."""
+    def _retain_and_point(self, state: TrainState) -> None:
+        """Rank 0 only. Delete what is no longer kept; RUN/best leads to the best that could be saved."""
+        if not self.world.is_main:
+            return
         folder = self.run_dir / "checkpoints"
-        if self.world.is_main:
-            retain(folder, keep_last=self.config.keep_last, best_step=best)
-            if best is not None and (folder / f"step-{best:08d}").exists():
-                _point(self.run_dir / "best", Path("checkpoints") / f"step-{best:08d}")
+        saved = [r for r in state.evaluations if (folder / f"step-{r['step']:08d}").exists()]
+        best = best_step(saved, self.metric)
+        retain(folder, keep_last=self.config.keep_last, best_step=best)
+        if best is not None:
+            _point(self.run_dir / "best", Path("checkpoints") / f"step-{best:08d}")
 
 
 def _point(link: Path, target: Path) -> None:

@@ -59,8 +59,12 @@ class Log:
         if not self._enabled:
             return
         safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(self._file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
+        try:
+            with open(self._file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
+        except OSError as error:  # a full disk costs a line, not the run
+            self.say(f"WARNING: {self._file}: {error.strerror}")
+            return
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{kind}/{name}", value, step)

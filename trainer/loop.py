@@ -109,10 +109,9 @@ def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> Non
             with autocast(options.precision, state.device):
                 logits = state.wrapped(**inputs)
             loss = options.loss_sum(logits, labels)
-            # A loss of NaN or Inf makes NaN of every gradient; summed over ranks, all of them see it and
-            # skip.
-            visible = torch.where(loss.isfinite(), 1.0, torch.nan)
-            state.scaler.scale(loss * visible * (world.size / batch.divisor)).backward()
+            # A loss of NaN or Inf makes NaN of every gradient: all ranks see it in the sum, and skip.
+            poison = torch.where(loss.isfinite(), 1.0, torch.nan)
+            state.scaler.scale(loss * poison * (world.size / batch.divisor)).backward()
         state.loss_sum += loss.detach()
 
     state.scaler.unscale_(state.optimizer)
@@ -124,6 +123,7 @@ def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> Non
     guarded_step(state.optimizer, state.scaler, nonfinite)
     state.optimizer.zero_grad(set_to_none=True)
     state.nonfinite_run = (state.nonfinite_run + 1) * nonfinite
+    state.nonfinite_worst = torch.maximum(state.nonfinite_worst, state.nonfinite_run)
     state.nonfinite_total = state.nonfinite_total + nonfinite
     state.loss_count += batch.divisor
 

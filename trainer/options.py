@@ -38,6 +38,7 @@ def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
     from jsonargparse import ArgumentError, ArgumentParser
 
     names = option_names(kind)
+    arguments = _spell_out_flags(arguments, names)
     for i, argument in enumerate(arguments):
         name, _, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and name not in {*names, "config", "help", "print_config"}:
@@ -52,6 +53,15 @@ def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
     except ArgumentError as error:
         raise InputError(" ".join(str(error).removeprefix("Parser key ").split())) from None
     return from_dict(kind, values.as_dict())
+
+
+def _spell_out_flags(arguments: list[str], names: dict[str, type]) -> list[str]:
+    """`--strict` alone means `--strict true`."""
+    spelled = []
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        is_flag = argument.startswith("--") and names.get(argument[2:]) is bool
+        spelled += [argument, "true"] if is_flag and following.startswith("--") else [argument]
+    return spelled
 
 
 def _add_options(parser: Any, kind: type, prefix: str = "") -> None:

@@ -50,7 +50,6 @@ def train(config: TrainConfig) -> Verdict:
         run_dir = Path(config.run_dir)
         if world.is_main:
             open_run_folder(run_dir)
-        request = stack.enter_context(StopRequest(run_dir / "stop" if world.is_main else None).listening())
         log = Log(run_dir, enabled=world.is_main, tensorboard=config.log.tensorboard)
         stack.callback(log.close)
 
@@ -62,9 +61,9 @@ def train(config: TrainConfig) -> Verdict:
         steps = task.steps(windows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
         total_steps = min(config.max_steps or 2**62, config.epochs * steps.sampler.steps_per_epoch)
         stack.enter_context(process_group(world, timeout_s=config.timeout_s))
+        request = stack.enter_context(StopRequest(run_dir / "stop" if world.is_main else None).listening())
 
-        # Model: own newest good checkpoint > the pretrained one. The seed makes a new head the same on all
-        # ranks.
+        # Model: own newest good checkpoint > the pretrained one. A new head depends on the seed alone.
         fingerprint = {"data": windows.path.name}
         found = find_checkpoint(run_dir, config, fingerprint, world, log)
         torch.manual_seed(config.seed)
@@ -138,7 +137,7 @@ def open_run_folder(run_dir: Path) -> None:
         (run_dir / "stop").unlink(missing_ok=True)  # of an earlier life
     except OSError as error:
         raise InputError(
-            f"run_dir {run_dir}: {error.strerror}; choose a folder that can be written to."
+            f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."
         ) from None
 
 
@@ -146,9 +145,23 @@ def find_checkpoint(
     run_dir: Path, config: TrainConfig, fingerprint: dict[str, Any], world: World, log: Log
 ) -> Checkpoint | None:
     """All ranks. Rank 0 looks and everybody follows. Raises InputError when the mathematics would change."""
-    if not world.is_main:
-        answer = broadcast_json(None)
-        return Checkpoint(Path(answer["path"]), answer["state"]) if answer else None
+    answer: dict[str, Any] = {}
+    if world.is_main:
+        try:
+            found = look_for_checkpoint(run_dir, config, fingerprint, log)
+            answer = {"path": str(found.path), "state": found.state} if found else {}
+        except InputError as error:
+            answer = {"error": str(error)}
+    answer = broadcast_json(answer)
+    if "error" in answer:
+        raise InputError(answer["error"])
+    return Checkpoint(Path(answer["path"]), answer["state"]) if answer else None
+
+
+def look_for_checkpoint(
+    run_dir: Path, config: TrainConfig, fingerprint: dict[str, Any], log: Log
+) -> Checkpoint | None:
+    """Rank 0 only. The newest good checkpoint, if its options agree; leaves config.yaml in the run folder."""
     folder = run_dir / "checkpoints"
     checkpoints.sweep(folder)
     found = checkpoints.newest_good(folder, log.say)
@@ -158,11 +171,10 @@ def find_checkpoint(
             changes.append("data: the training data, the tokenizer or the code that reads them")
         if changes:
             raise InputError(
-                f"{run_dir} was trained with other options: {'; '.join(changes)}. Choose another run_dir, or"
-                " name the options in --checkpoint.allow_changes."
+                f"{run_dir} was trained with other options: {'; '.join(changes)}."
+                " Choose another run_dir, or name the options in --checkpoint.allow_changes."
             )
     checkpoints.write_atomically(run_dir / "config.yaml", to_yaml(config))
-    broadcast_json({"path": str(found.path), "state": found.state} if found else None)
     return found
 
 

@@ -16,11 +16,17 @@ def score(config: ScoreConfig) -> dict[str, float] | None:
     """All ranks. Metrics on rank 0, None elsewhere. Raises InputError."""
     if not config.data or bool(config.model) == bool(config.predictions):
         raise InputError("evaluate wants --data FILE, and either --model FOLDER or --predictions FILE.")
-    return score_predictions(config) if config.predictions else score_model(config)
+    if config.predictions:
+        return score_predictions(config)
+    if config.null_odds or config.strict:
+        raise InputError("--null_odds and --strict go with --predictions; with --model they have no effect.")
+    return score_model(config)
 
 
 def score_predictions(config: ScoreConfig) -> dict[str, float]:
     """A file {id: text} against the data; a missing id counts as an empty prediction, with a warning."""
+    if config.out_dir:
+        raise InputError("--out_dir goes with --model; the figures of --predictions are printed.")
     examples = read_squad(str(config.data))
     predictions = _read_map(str(config.predictions), str, "text")
     ids = {example.id for example in examples}
@@ -39,6 +45,7 @@ def score_predictions(config: ScoreConfig) -> dict[str, float]:
 
 def score_model(config: ScoreConfig) -> dict[str, float] | None:
     """All ranks."""
+    from plainloop.trainer.checkpoint import write_atomically
     from plainloop.trainer.distributed import process_group, world_from_env
     from plainloop.trainer.precision import check_precision
     from plainloop.trainer.tasks import SpanTask
@@ -46,7 +53,19 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
     world = world_from_env(config.device)
     check_precision(config.precision, world.device)
     path = checkpoint_path(str(config.model))
-    data = DataConfig(max_length=config.max_length, stride=config.stride, cache_dir=config.cache_dir)
+    trained = trained_with(path)
+    data = DataConfig(
+        max_length=config.max_length or trained.get("max_length", 384),
+        stride=trained.get("stride", 128) if config.stride is None else config.stride,
+        cache_dir=config.cache_dir,
+    )
+    if config.out_dir and world.is_main:
+        try:  # found now, not after the evaluation
+            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(config.out_dir) / ".tmp-probe", "")
+            (Path(config.out_dir) / ".tmp-probe").unlink()
+        except OSError as error:
+            raise InputError(f"--out_dir {config.out_dir}: {error.strerror or error}.") from None
     task = SpanTask(ModelConfig(path=path), data, world)
     windows = task.prepare(str(config.data))
     model = task.load_model(path, new_head=False).to(world.device)
@@ -77,6 +96,15 @@ def checkpoint_path(path: str) -> str:
         if verify(candidate) is None:
             return str(candidate)
     raise InputError(f"{path}: this run folder has no good checkpoint.")
+
+
+def trained_with(path: str) -> dict[str, Any]:
+    """The data options of one of our checkpoints; {} for other folders."""
+    try:
+        state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
+        return dict(state["config"]["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _read_map(path: str, kind: Any, what: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from torch import nn
 class TrainState:
     """model is the bare module; wrapped is what forward passes go through (DDP, compiled, or the same).
 
-    The four counters live on the device and are read only when a line is logged: loss_sum (fp64, this rank's
-    share since the last line), grad_norm (of the last step), nonfinite_run and nonfinite_total (steps that
-    were skipped). loss_count is what loss_sum, over all ranks, is to be divided by.
+    The tensors below live on the device and are read only when a line is logged: loss_sum (fp64, this rank's
+    share since the last line), grad_norm (of the last step), and of skipped steps the current run, the
+    longest run and the total. loss_count is what loss_sum, over all ranks, is to be divided by.
     """
 
     model: nn.Module
@@ -30,12 +30,14 @@ class TrainState:
     loss_sum: torch.Tensor = field(init=False)
     grad_norm: torch.Tensor = field(init=False)
     nonfinite_run: torch.Tensor = field(init=False)
+    nonfinite_worst: torch.Tensor = field(init=False)
     nonfinite_total: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self.nonfinite_run = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.nonfinite_worst = torch.zeros((), dtype=torch.int64, device=self.device)
         self.nonfinite_total = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:

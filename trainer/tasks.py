@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from plainloop.data.store import Store
 from plainloop.data.types import Example, InputError
 from plainloop.models.cpu import speed_up_dropout
 from plainloop.models.load import load_tokenizer
-from plainloop.models.spans import SpanModel, load_span_model, span_loss_sum
+from plainloop.models.spans import SpanModel, load_span_model, position_limit, span_loss_sum
 from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig
 from plainloop.trainer.distributed import World
 from plainloop.trainer.evaluate import decode, evaluate_spans, write_predictions
@@ -55,6 +56,9 @@ class SpanTask:
         model = load_span_model(
             path, new_head=new_head, dropout=config.dropout, attention_dropout=config.attention_dropout
         )
+        limit = position_limit(model.network.config)
+        if self.data.max_length > limit:
+            raise InputError(f"data.max_length {self.data.max_length}: {path} has {limit} positions.")
         if config.activation_checkpointing:
             network = model.network  # transformers 5.2x gave the method a new name
             enable = getattr(
@@ -108,7 +112,10 @@ class SpanTask:
             return {}
         metrics, predictions = result
         if folder is not None:
-            write_predictions(folder, examples, predictions, metrics)
+            try:
+                write_predictions(folder, examples, predictions, metrics)
+            except OSError as error:  # the figures are worth more than the files
+                print(f"WARNING: {folder}: predictions not written: {error.strerror}", file=sys.stderr)
         return metrics
 
     def _digest(self, path: str, limit: int | None) -> str:

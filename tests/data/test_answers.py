@@ -115,3 +115,12 @@ def test_one_token_answers_are_answers(tmp_path: Path) -> None:
     example = Example("a", "q", "x" * 40, (Answer("x", 14),))
     assert (spans.char_start[0, 0], spans.char_end[0, 0]) == (14, 15)
     assert answers(spans, [example], store)[0].text == "x"
+
+
+def test_nan_is_never_an_answer_and_disturbs_no_neighbour(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", [(1, 20)] * 2, 20, [0, 1])
+    logits = np.zeros((2, 20, 2), dtype=np.float32)
+    logits[0] = np.nan
+    logits[1, 3] = 5
+    broken, fine = answers(best_spans(logits, np.arange(2), store), CASES, store)
+    assert (broken.text, fine.best) == ("", CASES[1].context[6:7])

@@ -107,6 +107,15 @@ def test_a_question_longer_than_the_window_is_cut_and_reported(roberta: Any, ber
         assert labelled_text(arrays, cases[0].context, 0) == "here"
 
 
+@pytest.mark.parametrize("question", ["東" * 200, "🎉" * 200, "한" * 200, "why " * 130])
+def test_a_question_of_many_tokens_a_character_is_cut_too(roberta: Any, bert: Any, question: str) -> None:
+    for tokenizer in (roberta, bert):
+        arrays = span_windows(
+            [example("Here it is. " * 99, "Here", question)], tokenizer, max_length=384, stride=128
+        )
+        assert arrays["length"].max() <= 384 and (np.diff(arrays["context"], axis=1) > 128).any()
+
+
 def test_an_answer_is_never_read_from_the_question(bert: Any) -> None:
     arrays = span_windows(
         [example("Paris is it.", "Paris", "Paris Paris Paris?")], bert, max_length=64, stride=8

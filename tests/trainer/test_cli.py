@@ -166,7 +166,7 @@ def test_a_run_folder_can_be_evaluated(
         "--precision",
         "fp32",
     ]
-    arguments += ["--max_length", "96", "--stride", "24", "--cache_dir", str(tmp_path / "cache")]
+    arguments += ["--cache_dir", str(tmp_path / "cache")]
     assert main([*arguments, "--out_dir", str(tmp_path / "out")]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["total"] == 120 and (tmp_path / "out/nbest_predictions.json").exists()

@@ -83,7 +83,7 @@ def test_a_poisoned_run_stops_with_advice_and_shows_the_loss_as_it_is(
     weights = load_file(tmp_path / "poisoned/model.safetensors")
     next(iter(weights.values()))[:] = math.nan
     save_file(weights, tmp_path / "poisoned/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FloatingPointError, match="(?s)last 4 steps, to step 4.*Try a lower optim.lr"):
+    with pytest.raises(FloatingPointError, match="(?s)4 steps in a row, by step 4.*Try a lower optim.lr"):
         train(**{"model.path": tmp_path / "poisoned", "optim.max_nonfinite_steps": 4})
     assert [record["loss"] for record in metrics(options["run_dir"], "train")] == ["nan"] * 3
     assert "SKIPPED 1 non-finite" in capsys.readouterr().err
@@ -139,9 +139,9 @@ def test_due() -> None:
 
 
 def test_best_step_is_the_first_of_equals() -> None:
-    state, _ = make()
-    state.evaluations = [{"step": s, "f1": f, "loss": v} for s, f, v in ((1, 5, 3), (2, 7, 2), (3, 7, 2))]
-    assert (best_step(state, "f1"), best_step(state, "loss"), best_step(state, "other")) == (2, 2, None)
+    values = ((0, math.nan, math.nan), (1, 5, 3), (2, 7, 2), (3, 7, 2))
+    records = [{"step": s, "f1": f, "loss": v} for s, f, v in values]
+    assert [best_step(records, name) for name in ("f1", "loss", "other")] == [2, 2, None]
 
 
 def test_evaluation_best_link_early_stopping_and_a_hook_of_ones_own(
