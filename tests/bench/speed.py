@@ -3,8 +3,7 @@
 (a) HF Trainer with padding to 384; (b) HF Trainer at its best: dynamic padding, batches grouped by length,
 fused AdamW; (b+) the same with our CPU dropout, to tell what is the loop's and what is dropout's; ours; (c) a
 bare loop over the batches that our sampler makes, collated beforehand: the ceiling. All with bf16 autocast,
-batch 16, MiniLM, 2 threads, each measured in a process of its own, in turns; medians over the rounds. Then:
-our loop with one process and with two, one thread each.
+batch 16, MiniLM, 2 threads, each measured in a process of its own, in turns; medians over the rounds.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def hugging_face(name: str, cache: str, steps: int) -> None:
     measured(name, int(counts["tokens"]), int(counts["examples"]), counts["seconds"])
 
 
-def ours(name: str, cache: str, steps: int, tokens: int, threads: int) -> None:
+def ours(name: str, cache: str, steps: int) -> None:
     """The real program: plainloop's fit with its loader and its log, or (c), the bare loop on the same
     batches.
     """
@@ -120,21 +119,19 @@ def ours(name: str, cache: str, steps: int, tokens: int, threads: int) -> None:
 
     from plainloop.data.loader import step_batches
     from plainloop.trainer.config import OptimConfig
-    from plainloop.trainer.distributed import process_group
     from plainloop.trainer.hooks import LogLine, Stopwatch
     from plainloop.trainer.log import Log
     from plainloop.trainer.loop import Progress, StepOptions, fit
     from plainloop.trainer.optim import make_optimizer
     from plainloop.trainer.precision import make_scaler
-    from plainloop.trainer.run import wrap
     from plainloop.trainer.state import TrainState
 
-    task, windows, path = setup(cache, threads=threads)
+    task, windows, path = setup(cache)
     world = task.world
-    with process_group(world, timeout_s=300), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model = task.load_model(path, new_head=True).train()
-        source = task.steps(windows, batch_size=BATCH, seed=1, tokens=tokens)
+        source = task.steps(windows, batch_size=BATCH, seed=1, tokens=4096)
         optimizer = make_optimizer(model, OptimConfig(lr=LR))
         batches = [source[i] for i in range(WARMUP + steps)]
         total, examples = (sum(getattr(b, k) for b in batches[WARMUP:]) for k in ("tokens", "examples"))
@@ -150,8 +147,7 @@ def ours(name: str, cache: str, steps: int, tokens: int, threads: int) -> None:
                     optimizer.step()
                     optimizer.zero_grad()
         else:
-            wrapped = wrap(model, world, compile_it=False)
-            state = TrainState(model, wrapped, optimizer, make_scaler("bf16", world.device), world.device)
+            state = TrainState(model, model, optimizer, make_scaler("bf16", world.device), world.device)
             log, watch = Log(Path(folder), enabled=world.is_main, tensorboard=True), Stopwatch()
             log.start(0, WARMUP + steps)
             options = StepOptions(task.loss_sum, lambda _: LR, world, 1, "bf16", 1.0)
@@ -165,21 +161,13 @@ def ours(name: str, cache: str, steps: int, tokens: int, threads: int) -> None:
         started = time.perf_counter()
         run(WARMUP, WARMUP + steps)
         seconds = time.perf_counter() - started
-        if world.is_main:
-            measured(name, total, examples, seconds)
+        measured(name, total, examples, seconds)
 
 
-def child(
-    name: str, cache: str, steps: int, *, tokens: int = 4096, threads: int = 2, processes: int = 1
-) -> dict[str, Any]:
+def child(name: str, cache: str, steps: int) -> dict[str, Any]:
     """Measure one of them in a process of its own."""
-    start = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        if processes > 1
-        else []
-    )
-    line = [sys.executable, *start, __file__, "--child", name, cache, str(steps), str(tokens), str(threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, __file__, "--child", name, cache, str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(line, capture_output=True, text=True, env=environment)
     if result.returncode:
         raise SystemExit(f"{name}: {result.stderr[-2000:]}")
@@ -209,27 +197,14 @@ def compare(rounds: int, cache: str) -> None:
         print(f"ours / {name} = {statistics.median(ratios):.2f} (median of rounds; target {target})")
 
 
-def scaling(rounds: int, cache: str) -> None:
-    ratios = []
-    for number in range(rounds):
-        one = child("ours", cache, 20, threads=1)
-        two = child("ours", cache, 20, threads=1, processes=2)
-        ratios.append(two["tokens_per_s"] / one["tokens_per_s"])
-        print(f"round {number + 1}: one process {show(one)}; two {show(two)}", flush=True)
-    print(f"two processes / one, a thread each: {statistics.median(ratios):.2f} (target 1.8)")
-
-
 def show(result: dict[str, Any]) -> str:
     return "{name} {tokens_per_s:.0f} tok/s, {examples_per_s:.1f} ex/s, {peak_gb:.2f} GB".format(**result)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        name, cache, steps, tokens, threads = sys.argv[2:]
-        if name in ("a", "b", "b+"):
-            hugging_face(name, cache, int(steps))
-        else:
-            ours(name, cache, int(steps), int(tokens), int(threads))
+        name, cache, steps = sys.argv[2:]
+        (hugging_face if name in ("a", "b", "b+") else ours)(name, cache, int(steps))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -239,7 +214,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         setup(cache)
         compare(options.rounds, cache)
-        scaling(options.rounds, cache)
 
 
 if __name__ == "__main__":
