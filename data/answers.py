@@ -6,7 +6,9 @@ window; `answers` runs once, on all windows of a data set, and turns those into 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,9 +59,7 @@ def best_spans(
 
     best_of_start = start + _sliding_max(end, max_answer_length)
     starts = _top(best_of_start, min(num_best, logits.shape[1]))
-    starts = np.sort(
-        starts, axis=1
-    )  # flat order of the sums below is then (start, length): the order of ties
+    starts = np.sort(starts, axis=1)  # flat order of the sums below is then (start, length): that of ties
     ends = starts[:, :, None] + np.arange(max_answer_length)
     in_range = ends < logits.shape[1]
     ends = np.minimum(ends, logits.shape[1] - 1)
@@ -98,9 +98,7 @@ def _top(values: np.ndarray, k: int) -> np.ndarray:
     """Indices (B, k) of the k largest of each row, largest first, ties by index."""
     if k == 1:
         return np.argmax(values, axis=1)[:, None]
-    if (
-        values.shape[1] > 4 * k
-    ):  # only values as large as the k-th are sorted; a tie with it keeps the lower index
+    if values.shape[1] > 4 * k:  # only values as large as the k-th matter; a tie keeps the lower index
         kth = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]
         values = np.where(values >= kth, values, -np.inf)
     return np.argsort(-values, axis=1, kind="stable")[:, :k]
@@ -129,35 +127,41 @@ def answers(
         null, best_score, where=np.isfinite(best_score), out=np.zeros_like(null)
     ).tolist()
     start, end = spans.char_start[window, 0].tolist(), spans.char_end[window, 0].tolist()
+    nbest: Iterable[list[dict[str, float | str]]] = itertools.repeat([], len(examples))
+    if num_best:
+        nbest = _nbest(spans, examples, owner, null, num_best)
     predictions = []
-    for i, example in enumerate(examples):
+    for i, (example, entries) in enumerate(zip(examples, nbest, strict=True)):
         best = example.context[start[i] : end[i]]
-        text = "" if score_diff[i] > threshold else best
-        nbest: list[dict[str, float | str]] = []
-        if num_best:
-            windows = slice(first[i], first[i + 1] if i + 1 < len(first) else None)
-            nbest = _nbest(example, Spans(*(array[windows] for array in spans)), float(null[i]), num_best)
-        predictions.append(Prediction(text, best, score_diff[i], nbest))
+        predictions.append(
+            Prediction("" if score_diff[i] > threshold else best, best, score_diff[i], entries)
+        )
     return predictions
 
 
-def _nbest(example: Example, spans: Spans, null: float, num_best: int) -> list[dict[str, float | str]]:
-    """The best spans with distinct texts and the null answer, with softmax probabilities over the list."""
-    entries: dict[str, float] = {}
-    for flat in np.argsort(-spans.score, axis=None, kind="stable"):
-        window, k = divmod(int(flat), spans.score.shape[1])
-        score = float(spans.score[window, k])
-        text = example.context[spans.char_start[window, k] : spans.char_end[window, k]]
-        if np.isfinite(score) and text not in entries:
-            entries[text] = score
-        if len(entries) == num_best:
-            break
-    entries[""] = max(null, entries.get("", null))
-    texts = sorted(entries, key=lambda text: -entries[text])
-    scores = np.array([entries[text] for text in texts])
-    weights = np.exp(scores - scores.max())
-    probabilities = weights / weights.sum()
-    return [
-        {"text": text, "score": float(score), "probability": float(probability)}
-        for text, score, probability in zip(texts, scores, probabilities, strict=True)
-    ]
+def _nbest(
+    spans: Spans, examples: Sequence[Example], owner: np.ndarray, null: np.ndarray, num_best: int
+) -> Iterator[list[dict[str, float | str]]]:
+    """For each example: the best spans with distinct texts, and the null answer, with softmax probabilities.
+
+    owner (N,): the example of each window; null: of each example. Sorted all at once; the texts one by one.
+    """
+    flat = np.flatnonzero(np.isfinite(spans.score))
+    example_of = owner[flat // spans.score.shape[1]]
+    order = np.lexsort((-spans.score.ravel()[flat], example_of))  # stable: of equals the earlier window
+    flat, bounds = flat[order], np.searchsorted(example_of[order], np.arange(len(examples) + 1)).tolist()
+    score, start, end = (a.ravel()[flat].tolist() for a in (spans.score, spans.char_start, spans.char_end))
+    for i, example in enumerate(examples):
+        entries: dict[str, float] = {}
+        for j in range(bounds[i], bounds[i + 1]):
+            entries.setdefault(example.context[start[j] : end[j]], score[j])
+            if len(entries) == num_best:
+                break
+        entries[""] = max(float(null[i]), entries.get("", -math.inf))
+        ranked = sorted(entries.items(), key=lambda entry: -entry[1])
+        weights = [math.exp(value - ranked[0][1]) for _, value in ranked]
+        total = sum(weights)
+        yield [
+            {"text": text, "score": value, "probability": weight / total}
+            for (text, value), weight in zip(ranked, weights, strict=True)
+        ]

@@ -68,10 +68,9 @@ class Steps(Dataset[StepBatch]):
         self.world_size = world_size
         self.rank = rank
         self.tokens = tokens
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
     def __getitem__(self, step: int) -> StepBatch:
-        rows, lengths = self.rows(step), self.sampler.lengths
+        rows, lengths = self.sampler.batch(step), self.sampler.lengths
         shares = self._split(rows)
         micro_batches = [self.collate(share) for share in shares[self.rank]] or [self._empty(rows)]
         return StepBatch(
@@ -90,13 +89,6 @@ class Steps(Dataset[StepBatch]):
         lengths = self.sampler.lengths
         shares = itertools.chain.from_iterable(map(self._split, self.sampler.epoch_batches(0)))
         return 1 - int(lengths.sum()) / padded_tokens(itertools.chain.from_iterable(shares), lengths)
-
-    def rows(self, step: int) -> np.ndarray:
-        """Rows of the global batch, keeping the epoch's batches at hand."""
-        epoch, index = divmod(step, self.sampler.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self.sampler.epoch_batches(epoch))
-        return self._epoch[1][index]
 
     def _empty(self, rows: np.ndarray) -> MicroBatch:
         """For a rank without a share: the shortest row with labels that count for nothing."""

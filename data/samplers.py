@@ -1,5 +1,4 @@
-"""Which rows an optimizer step sees, as pure functions: (seed, step) -> global batch -> a rank's
-micro-batches.
+"""Which rows a step sees, as pure functions: (seed, step) -> global batch -> a rank's micro-batches.
 
 The global batch knows nothing of ranks and workers; only `split` does. So a run on one GPU, on four, or
 resumed on two follows the same batches.
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -37,15 +36,19 @@ class Sampler:
     batch_size: int
     seed: int
     bucket: int = 50
+    _epoch: dict[int, list[np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def batch(self, step: int) -> np.ndarray:
-        """Rows of the global batch of `step` (counted from 0 over all epochs)."""
+        """Rows of the global batch of `step` (counted from 0 over all epochs). Keeps one epoch at hand."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        return self.epoch_batches(epoch)[index]
+        if epoch not in self._epoch:
+            self._epoch.clear()
+            self._epoch[epoch] = self.epoch_batches(epoch)
+        return self._epoch[epoch][index]
 
     def epoch_batches(self, epoch: int) -> list[np.ndarray]:
         """All global batches of an epoch, in order. O(N log N), 0.1 s for 130,000 rows."""

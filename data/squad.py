@@ -89,8 +89,11 @@ def _saved_dataset(path: Path) -> Iterable[dict[str, Any]]:
     if missing:
         raise InputError(f"{path}: the dataset has no column {sorted(missing)}; is it SQuAD?")
     for row in dataset:
-        texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
-        answers = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=True)]
+        try:
+            pairs = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+            answers: Any = [{"text": text, "answer_start": start} for text, start in pairs]
+        except (TypeError, KeyError, ValueError):
+            answers = None  # which the check of the record reports with its id
         yield {**row, "answers": answers}
 
 

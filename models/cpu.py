@@ -17,8 +17,7 @@ SCALE_BITS = 15
 
 
 def cpu_dropout(x: Tensor, p: float) -> Tensor:
-    """Zero elements with probability p (to 1 / 2**15) and divide the others by 1 - p. x: any shape, on the
-    CPU.
+    """Zero elements with probability p (to 1 / 2**15) and divide the others by 1 - p. x: any shape, CPU.
 
     The mask is made in place by integer operations that are vectorised: 15 random bits minus the threshold
     leave their sign, and the sign selects the bits of 0 or of the scale.

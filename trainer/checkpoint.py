@@ -136,9 +136,7 @@ def retain(folder: Path, *, keep_last: int, best_step: int | None) -> None:
     for path in steps[:-keep_last]:
         if path.name != f"{PREFIX}{best_step or -1:08d}":
             doomed = path.with_name(f".tmp-delete-{path.name}")
-            os.rename(
-                path, doomed
-            )  # first out of sight, then deleted: a kill in between leaves no half checkpoint
+            os.rename(path, doomed)  # first out of sight: a kill in between leaves no half checkpoint
     sweep(folder)
 
 

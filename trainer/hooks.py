@@ -1,5 +1,4 @@
-"""What happens between steps: ask for a stop, log, evaluate, checkpoint. Each says how often; `due` is the
-clock.
+"""What happens between steps: stop, log, evaluate, checkpoint. Each says how often; `due` is the clock.
 
 A hook is a callable that gets a Progress at every step boundary, on all ranks. One of your own is a function:
 
@@ -198,24 +197,18 @@ def best_step(evaluations: list[dict[str, Any]], metric: str) -> int | None:
 
 
 class SaveCheckpoint:
-    """All ranks wait for rank 0, which writes when due, at a new best, and at a stop. A full disk does not
-    end a run.
+    """All ranks wait for rank 0, which writes when due, at a new best, and at a stop.
 
-    But a run never ends well with its last state unwritten: then `failed` holds the reason.
+    A full disk does not end a run; but it never ends well with its last state unwritten: then `failed` holds
+    the reason.
     """
 
     def __init__(
         self, run_dir: Path, save_model: Callable[[Path], None], log: Log, watch: Stopwatch, world: World,
         config: CheckpointConfig, *, metric: str, saved_step: int, extra: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.run_dir, self.save_model, self.log, self.watch, self.world = (
-            run_dir,
-            save_model,
-            log,
-            watch,
-            world,
-        )
-        self.config, self.metric, self.extra = config, metric, extra
+        self.run_dir, self.save_model, self.log, self.watch = run_dir, save_model, log, watch
+        self.world, self.config, self.metric, self.extra = world, config, metric, extra
         self.saved_step = saved_step  # the newest on disk
         self.failed: str | None = None
 

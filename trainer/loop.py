@@ -41,9 +41,7 @@ class Traffic:
 class StepOptions:
     """What train_step is told once."""
 
-    loss_sum: Callable[
-        [Tensor, dict[str, Tensor]], Tensor
-    ]  # logits, labels -> fp32 scalar, summed over the rows
+    loss_sum: Callable[[Tensor, dict[str, Tensor]], Tensor]  # logits, labels -> fp32 scalar, a sum over rows
     lr: Callable[[int], float]
     world: World
     seed: int

@@ -37,8 +37,7 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
 def guarded_step(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, nonfinite: torch.Tensor
 ) -> None:
-    """optimizer.step(), except when `nonfinite` (0-dim bool on the device) is set; gradients are unscaled
-    already.
+    """optimizer.step() on unscaled gradients, except when `nonfinite` (0-dim bool on the device) is set.
 
     A fused optimizer skips on the device, told by the attribute that GradScaler uses too: no host sync.
     """

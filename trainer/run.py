@@ -20,14 +20,7 @@ from plainloop.trainer import checkpoint as checkpoints
 from plainloop.trainer.checkpoint import Checkpoint
 from plainloop.trainer.config import TrainConfig, check_train_config, config_differences
 from plainloop.trainer.distributed import World, broadcast_json, process_group, world_from_env
-from plainloop.trainer.hooks import (
-    Evaluate,
-    LogLine,
-    NonFinite,
-    SaveCheckpoint,
-    Stop,
-    Stopwatch,
-)
+from plainloop.trainer.hooks import Evaluate, LogLine, NonFinite, SaveCheckpoint, Stop, Stopwatch
 from plainloop.trainer.log import Log
 from plainloop.trainer.loop import Hook, Progress, StepOptions, Verdict, fit
 from plainloop.trainer.optim import learning_rate, make_optimizer
@@ -82,11 +75,7 @@ def train(config: TrainConfig) -> Verdict:
 
         # What happens between steps, in this order. A hook of your own goes into this list.
         progress = Progress(state, total_steps, steps.sampler.steps_per_epoch)
-        watch, lr, metric = (
-            Stopwatch(),
-            learning_rate(config.optim, total_steps),
-            config.evaluation.best_metric,
-        )
+        watch, lr = Stopwatch(), learning_rate(config.optim, total_steps)
         stop = Stop(request, config.stop_at_step)
 
         def evaluate() -> dict[str, float] | None:
@@ -98,7 +87,7 @@ def train(config: TrainConfig) -> Verdict:
 
         save = SaveCheckpoint(
             run_dir, lambda folder: task.save_model(model, folder), log, watch, world, config.checkpoint,
-            metric=metric, saved_step=state.step,
+            metric=config.evaluation.best_metric, saved_step=state.step,
             extra={"config": dataclasses.asdict(config), "fingerprint": fingerprint},
         )  # fmt: skip
         hooks: list[Hook] = [

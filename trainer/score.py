@@ -89,7 +89,10 @@ def checkpoint_path(path: str) -> str:
 
     folder = Path(path)
     if (folder / "best").exists():
-        return str((folder / "best").resolve())
+        best = (folder / "best").resolve()
+        if fault := verify(best):
+            raise InputError(f"{best}: this checkpoint is damaged: {fault}; name another one with --model.")
+        return str(best)
     if not (folder / "checkpoints").is_dir():
         return path
     for candidate in sorted((folder / "checkpoints").glob(f"{PREFIX}*"), reverse=True):
