@@ -5,21 +5,13 @@ A window is `[CLS] question [SEP] context part [SEP]`. Windows of one question o
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from plainloop.data.tokenise import Arrays, tokenise
 from plainloop.data.types import Example, InputError
-
-CHUNK = 256  # examples in one call of the tokenizer
-MIN_EXAMPLES_FOR_PROCESSES = 2000  # below that, starting processes costs more than it saves
-
-# Arrays of a store of windows. T tokens in all, N windows: offsets (T, 2) are characters of the context.
-Arrays = dict[str, np.ndarray]
 
 
 def question_limit(tokenizer: Any, *, max_length: int, stride: int) -> int:
@@ -49,14 +41,7 @@ def span_windows(
     A window's label is the whole first answer, or its CLS position (no answer, or not all of it inside).
     """
     limit = question_limit(tokenizer, max_length=max_length, stride=stride)
-    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
-    job = _Job(tokenizer, max_length, stride, limit)
-    with tqdm(total=len(examples), desc="tokenise", unit="q", delay=2, mininterval=1) as bar:
-        parts = []
-        for chunk, part in zip(chunks, _map(job, chunks, len(examples), processes), strict=True):
-            parts.append(part)
-            bar.update(len(chunk))
-    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    arrays = tokenise(_Job(tokenizer, max_length, stride, limit), examples, processes)
     arrays["example"] = np.repeat(np.arange(len(examples), dtype=np.int32), arrays.pop("num_windows"))
     return arrays
 
@@ -76,14 +61,7 @@ class _Job:
         capped = np.array([len(ids) > self.question_limit for ids in tokens])
         for i in np.flatnonzero(capped):
             questions[i] = self._cap(questions[i])
-        try:
-            encoded = self._encode(questions, [e.context for e in examples])
-        except BaseException as error:  # a Rust panic is no Exception: in a worker it would hang the pool
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise RuntimeError(
-                f"the tokenizer failed on a question from {examples[0].id!r} on: {error}"
-            ) from None
+        encoded = self._encode(questions, [e.context for e in examples])
         owners = np.asarray(encoded["overflow_to_sample_mapping"])
         rows = [
             _window(encoding, examples[owner], self.tokenizer.cls_token_id)
@@ -171,30 +149,3 @@ def _window_arrays(rows: list[dict[str, Any]], num_windows: np.ndarray, capped: 
         "num_windows": num_windows.astype(np.int32),
         "capped": capped,
     }
-
-
-_job: _Job | None = None  # in a worker process: inherited by fork, so that nothing is pickled
-
-
-def _run_job(examples: Sequence[Example]) -> Arrays:
-    assert _job is not None
-    return _job(examples)
-
-
-def _map(job: _Job, chunks: Iterable[Sequence[Example]], total: int, processes: int) -> Iterator[Arrays]:
-    global _job
-    if processes <= 1 or total < MIN_EXAMPLES_FOR_PROCESSES:
-        yield from map(job, chunks)
-        return
-    _job = job
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process: the processes are the parallelism
-    try:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            yield from pool.imap(_run_job, chunks)
-    finally:
-        _job = None
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

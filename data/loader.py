@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from plainloop.data.samplers import Sampler, padded, padded_tokens, split
+from plainloop.data.samplers import Sampler, padded, padded_tokens, split, total
 from plainloop.data.store import Store
 from plainloop.data.types import IGNORE_INDEX, MicroBatch, StepBatch
 
@@ -32,12 +32,8 @@ class SpanCollate:
 
     def __call__(self, rows: np.ndarray) -> MicroBatch:
         lengths = self.store.lengths[rows]
-        width = padded(int(lengths.max()), self.max_length)
-        input_ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
-        for i, row in enumerate(rows):
-            input_ids[i, : lengths[i]] = self.store.row("input_ids", row)
-        position = np.arange(width)
-        inputs = {"input_ids": input_ids, "attention_mask": (position < lengths[:, None]).astype(np.int64)}
+        inputs = _padded_inputs(self.store, rows, self.pad_token_id, self.max_length)
+        position = np.arange(inputs["input_ids"].shape[1])
         if self.segments:
             second = position >= self.store.arrays["segment"][rows][:, None]
             inputs["token_type_ids"] = (second & (position < lengths[:, None])).astype(np.int64)
@@ -46,6 +42,45 @@ class SpanCollate:
             {name: torch.from_numpy(array) for name, array in inputs.items()},
             {"start": torch.from_numpy(label[:, 0].copy()), "end": torch.from_numpy(label[:, 1].copy())},
         )
+
+
+@dataclass(frozen=True)
+class TextCollate:
+    """Text-to-text rows -> MicroBatch: input_ids, attention_mask (B, S), decoder_input_ids (B, T); the scored
+    positions (K,) in B * T, and their labels, target (K,): what is padding is not even projected.
+
+    The decoder sees the target shifted right behind the start token.
+    """
+
+    store: Store
+    pad_token_id: int
+    start_token_id: int
+    max_length: int
+
+    def __call__(self, rows: np.ndarray) -> MicroBatch:
+        inputs = _padded_inputs(self.store, rows, self.pad_token_id, self.max_length)
+        targets = [self.store.target(row) for row in rows]
+        lengths = np.array([len(ids) for ids in targets])
+        decoder = np.full((len(rows), padded(int(lengths.max()))), self.pad_token_id, dtype=np.int64)
+        decoder[:, 0] = self.start_token_id
+        for i, ids in enumerate(targets):
+            decoder[i, 1 : lengths[i]] = ids[:-1]
+        inputs["decoder_input_ids"] = decoder
+        inputs["scored"] = np.flatnonzero(np.arange(decoder.shape[1]) < lengths[:, None])
+        labels = torch.from_numpy(np.concatenate(targets).astype(np.int64))
+        return MicroBatch(
+            {name: torch.from_numpy(array) for name, array in inputs.items()}, {"target": labels}
+        )
+
+
+def _padded_inputs(store: Store, rows: np.ndarray, pad: int, max_length: int) -> dict[str, np.ndarray]:
+    """input_ids and attention_mask, (B, L) int64."""
+    lengths = store.lengths[rows]
+    width = padded(int(lengths.max()), max_length)
+    input_ids = np.full((len(rows), width), pad, dtype=np.int64)
+    for i, row in enumerate(rows):
+        input_ids[i, : lengths[i]] = store.row("input_ids", row)
+    return {"input_ids": input_ids, "attention_mask": (np.arange(width) < lengths[:, None]).astype(np.int64)}
 
 
 class Steps(Dataset[StepBatch]):
@@ -84,15 +119,16 @@ class Steps(Dataset[StepBatch]):
     def _split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         return split(rows, self.sampler.lengths, world_size=self.world_size, tokens=self.tokens)
 
-    def padding_share(self) -> float:
-        """Share of padding in what the first epoch computes."""
+    def describe(self) -> str:
+        """Steps of an epoch, and the share of padding in what the first one computes."""
         lengths = self.sampler.lengths
         shares = itertools.chain.from_iterable(map(self._split, self.sampler.epoch_batches(0)))
-        return 1 - int(lengths.sum()) / padded_tokens(itertools.chain.from_iterable(shares), lengths)
+        padding = 1 - int(lengths.sum()) / padded_tokens(itertools.chain.from_iterable(shares), lengths)
+        return f"{self.sampler.steps_per_epoch} steps an epoch, {padding:.1%} padding"
 
     def _empty(self, rows: np.ndarray) -> MicroBatch:
         """For a rank without a share: the shortest row with labels that count for nothing."""
-        shortest = rows[[np.argmin(self.sampler.lengths[rows])]]
+        shortest = rows[[np.argmin(total(self.sampler.lengths[rows]))]]
         inputs, labels = self.collate(shortest)
         return MicroBatch(
             inputs, {name: torch.full_like(label, IGNORE_INDEX) for name, label in labels.items()}

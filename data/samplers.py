@@ -28,8 +28,8 @@ def padded(length: int, limit: int | None = None) -> int:
 class Sampler:
     """Global batches of exactly `batch_size` rows of similar length; the last of an epoch may be short.
 
-    lengths: (N,) tokens of each row. bucket: rows are sorted by length inside windows of bucket * batch_size
-    shuffled rows; 0 leaves the shuffled order.
+    lengths: (N,) tokens of each row, or (N, 2) of source and target. bucket: rows are sorted by length
+    inside windows of bucket * batch_size shuffled rows; 0 leaves the shuffled order.
     """
 
     lengths: np.ndarray
@@ -57,7 +57,7 @@ class Sampler:
         if self.bucket:
             size = self.bucket * self.batch_size
             windows = [order[i : i + size] for i in range(0, len(order), size)]
-            order = np.concatenate([w[np.argsort(self.lengths[w], kind="stable")] for w in windows])
+            order = np.concatenate([w[np.argsort(total(self.lengths[w]), kind="stable")] for w in windows])
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]
 
@@ -69,7 +69,8 @@ def split(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int
     of at most `tokens` padded tokens. An empty share is []: its rank runs a micro-batch without weight.
     """
     order = _longest_first(rows, lengths)
-    shares = _least_loaded(order, [padded(int(n)) for n in lengths[order]], world_size)
+    weights = [sum(map(padded, parts)) for parts in _parts(lengths[order]).tolist()]
+    shares = _least_loaded(order, weights, world_size)
     return [cut(np.array(share, dtype=np.int64), lengths, tokens=tokens) for share in shares]
 
 
@@ -85,21 +86,41 @@ def deal(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int)
 def cut(rows: np.ndarray, lengths: np.ndarray, *, tokens: int) -> list[np.ndarray]:
     """Rows, longest first -> micro-batches of at most `tokens` padded tokens (one alone may be longer)."""
     micro_batches: list[np.ndarray] = []
-    start = 0
-    while start < len(rows):
-        size = max(1, tokens // padded(int(lengths[rows[start]])))
-        micro_batches.append(rows[start : start + size])
-        start += size
-    return micro_batches
+    start, widest = 0, [0]
+    for i, parts in enumerate(_parts(lengths[rows]).tolist()):
+        wider = parts if i == start else [max(pair) for pair in zip(parts, widest, strict=True)]
+        if i > start and sum(map(padded, wider)) * (i + 1 - start) > tokens:
+            micro_batches.append(rows[start:i])
+            start, wider = i, parts
+        widest = wider
+    return [*micro_batches, rows[start:]] if len(rows) else []
 
 
 def padded_tokens(micro_batches: Iterable[np.ndarray], lengths: np.ndarray) -> int:
     """Tokens that go through the model, padding included."""
-    return sum(padded(int(lengths[rows].max())) * len(rows) for rows in micro_batches)
+    widest = [(len(rows), _parts(lengths[rows]).max(axis=0).tolist()) for rows in micro_batches]
+    return sum(sum(map(padded, parts)) * count for count, parts in widest)
+
+
+def total(lengths: np.ndarray) -> np.ndarray:
+    """(N,) or (N, 2) -> (N,): tokens of a row, source and target together."""
+    return _parts(lengths).sum(axis=1)
+
+
+def subset(count: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of `count` indices, in order: drawn once, the same for every seed of training."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.Generator(np.random.Philox(key=0)).permutation(count)[:limit])
+
+
+def _parts(lengths: np.ndarray) -> np.ndarray:
+    """(N,) or (N, P) -> (N, P)."""
+    return lengths if lengths.ndim == 2 else lengths[:, None]
 
 
 def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    return rows[np.argsort(-lengths[rows], kind="stable")]
+    return rows[np.argsort(-total(lengths[rows]), kind="stable")]
 
 
 def _least_loaded(items: Iterable[T], weights: Sequence[int], num_bins: int) -> list[list[T]]:

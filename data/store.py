@@ -30,7 +30,10 @@ class Store:
         self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         self.arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))}
         self.lengths = np.asarray(self.arrays["length"])
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)[:-1]])
+        self.starts = _starts(self.lengths)
+        self._target_starts = (
+            _starts(self.arrays["target_length"]) if "target_length" in self.arrays else None
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -39,6 +42,17 @@ class Store:
         """The slice of a flat (per-token) array that belongs to row `index`."""
         start = self.starts[index]
         return self.arrays[name][start : start + self.lengths[index]]
+
+    def target(self, index: int) -> np.ndarray:
+        """The slice of target_ids that belongs to row `index` of a text-to-text store."""
+        assert self._target_starts is not None
+        start = self._target_starts[index]
+        return self.arrays["target_ids"][start : start + self.arrays["target_length"][index]]
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """(N,) lengths -> (N,) where each row of a flat array starts."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
 
 
 def digest(*parts: Any) -> str:

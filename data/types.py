@@ -32,10 +32,24 @@ class Example:
     answers: tuple[Answer, ...] = ()
 
 
+@dataclass(frozen=True)
+class TextExample:
+    """One row of a text-to-text task. The source is question + context; only the context may be cut.
+
+    references: what a prediction is scored against (none: unanswerable). target: what is learned.
+    """
+
+    id: str
+    question: str
+    context: str
+    references: tuple[str, ...]
+    target: str
+
+
 class MicroBatch(NamedTuple):
     """What one forward pass takes. B rows, L tokens (padded); a DataLoader can pin it as it is.
 
-    inputs: keyword arguments of the model, each (B, L) int64.
+    inputs: keyword arguments of the model, int64, most of them (B, L).
     labels: what the loss needs beside the logits, int64, IGNORE_INDEX where a label counts for nothing.
     """
 

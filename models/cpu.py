@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 ATTENTION = "plainloop_cpu"
 SCALE_BITS = 15
@@ -52,20 +51,33 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention with cheap dropout. (B, heads, L, d) -> (B, L, heads, d).
 
-    attention_mask: None or bool (B, 1, L, L), True where a position may be seen.
+    attention_mask: bool, (B, 1, L or 1, S), True where a position may be seen, or None: all, or for a
+    decoder's own attention all that are not later. position_bias (1, heads, L, S): added to the scores
+    (T5).
     """
     if dropout == 0.0:
-        output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
-    else:
-        scores = torch.matmul(query * (scaling or query.shape[-1] ** -0.5), key.transpose(-1, -2))
-        if attention_mask is not None:
-            lowest = torch.finfo(scores.dtype).min  # added, not filled in: a sum needs nothing in backward
-            scores = scores + torch.where(attention_mask, 0.0, lowest).to(scores.dtype)
-        output = torch.matmul(cpu_dropout(torch.softmax(scores, dim=-1), dropout), value)
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        bias: dict[str, Any] = {} if position_bias is None else {"position_bias": position_bias}
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **bias, **kwargs
+        )
+    scores = torch.matmul(
+        query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2)
+    )
+    if position_bias is not None:
+        scores = scores + position_bias.to(scores.dtype)
+    if attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", False):
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attention_mask is not None:
+        lowest = torch.finfo(scores.dtype).min  # added, not filled in: a sum needs nothing in backward
+        scores = scores + torch.where(attention_mask, 0.0, lowest).to(scores.dtype)
+    output = torch.matmul(cpu_dropout(torch.softmax(scores, dim=-1), dropout), value)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -77,7 +89,7 @@ def speed_up_dropout(network: Any) -> None:
     for module in list(network.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
-                setattr(module, name, CpuDropout(child.p))
+                setattr(module, name, CpuDropout(child.p).train(child.training))
     if network.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION, attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)

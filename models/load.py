@@ -11,8 +11,8 @@ from urllib.request import getproxies
 from plainloop.data.types import InputError
 
 
-def load_tokenizer(path: str) -> Any:
-    """The fast tokenizer of a model folder or hub name. Raises InputError when there is none."""
+def load_tokenizer(path: str, *, fast: bool = True) -> Any:
+    """The tokenizer of a model folder or hub name. fast: one with offsets. Raises InputError without one."""
     from transformers import AutoTokenizer
 
     local = is_local(path)
@@ -20,11 +20,29 @@ def load_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, local_files_only=local)
     except Exception as error:  # tokenizers raises bare Exceptions for a damaged tokenizer.json
         raise InputError(_cannot_load("tokenizer", path, error)) from None
-    if not tokenizer.is_fast or not len(tokenizer):
+    if (fast and not tokenizer.is_fast) or not len(tokenizer):
         raise InputError(
             f"model.path {path}: has no fast tokenizer, which offsets need; add a tokenizer.json to it."
         )
     return tokenizer
+
+
+def load_config(path: str, **overrides: Any) -> Any:
+    """The transformers config of a folder or hub name, with overrides. Raises InputError."""
+    from transformers import AutoConfig
+
+    local = is_local(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise InputError(_cannot_load("model", path, error)) from None
+    for key, value in overrides.items():
+        if not hasattr(config, key):
+            raise InputError(
+                f"model.path {path}: a {config.model_type} has no '{key}'; leave that option out."
+            )
+        setattr(config, key, value)
+    return config
 
 
 def load_network(auto_class: Any, path: str, *, head: str | None = None, **overrides: Any) -> Any:
@@ -35,18 +53,10 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig
     from transformers.utils import logging
 
-    local = is_local(path)
+    local, config = is_local(path), load_config(path, **overrides)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=local)
-        for key, value in overrides.items():
-            if not hasattr(config, key):
-                raise InputError(
-                    f"model.path {path}: a {config.model_type} has no '{key}'; leave that option out."
-                )
-            setattr(config, key, value)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -56,8 +66,6 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
             )
         finally:
             logging.set_verbosity(verbosity)
-    except InputError:
-        raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(_cannot_load("model", path, error)) from None
     lost = sorted(key for key in info["missing_keys"] if not (head and key.startswith(head)))

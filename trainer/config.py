@@ -36,8 +36,11 @@ class ModelConfig:
 class DataConfig:
     """What is trained on and evaluated on."""
 
-    train: str | None = option(None, "SQuAD JSON, or a folder saved by datasets")
-    dev: str | None = option(None, "the same; without it nothing is evaluated")
+    train: list[str] | str | None = option(
+        None,
+        "SQuAD JSON, or a folder saved by datasets; task text: also CausalQA CSV or JSONL, a list, a folder",
+    )
+    dev: list[str] | str | None = option(None, "the same; without it nothing is evaluated")
     limit: int | None = option(None, "train on this many questions, drawn once, whatever the seed")
     max_length: int = option(384, "tokens of a window, question included")
     stride: int = option(128, "tokens that neighbouring windows share")
@@ -48,9 +51,37 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW, its schedule and clipping."""
+class TextConfig:
+    """Task text only: what is read, learned and generated."""
 
+    dataset: str | None = option(None, "of a CausalQA folder: eli5, gooaq, hotpotqa, msmarco, ...")
+    split: Literal["original", "random"] = option("original", "of a CausalQA folder")
+    format: Literal["t5", "unifiedqa"] = option(
+        "t5", "of SQuAD: 'question: Q context: C', or 'q \\n c' lower-cased"
+    )
+    null_target: str = option("", "of SQuAD: what stands for unanswerable, e.g. '<no answer>'")
+    target: Literal["first", "most_frequent", "each"] = option(
+        "first", "reference that is learned; each: a row for each"
+    )
+    target_column: Literal["answer", "answer_processed"] = option("answer", "of CausalQA")
+    max_source_length: int = option(1024, "tokens; a longer context is cut, a question never")
+    max_target_length: int = option(100, "tokens of a target, in training")
+    stride: int = option(128, "tokens that windows share when a SQuAD context is too long in an evaluation")
+    label_smoothing: float = option(0.0, "in training, over target tokens only")
+    max_new_tokens: int | None = option(None, "generated at most; default 100, SQuAD 32")
+    num_beams: int = option(1, "1: greedy")
+    generate: int | None = option(
+        None, "examples to generate in an evaluation while training; default all, 0 none"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its schedule and clipping."""
+
+    name: Literal["adamw", "adafactor"] = option(
+        "adamw", "adafactor: for T5, with lr 1e-3 and schedule constant"
+    )
     lr: float = option(3e-5, "highest learning rate")
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "after the warm-up")
     warmup: float = option(0.1, "share of all steps (below 1), or steps")
@@ -96,7 +127,9 @@ class TrainConfig:
     """A run. batch_size is global: ranks and micro-batches are derived from it and from tokens_per_device."""
 
     run_dir: str = option("runs/default", "an existing run folder is continued")
-    task: Literal["span"] = option("span", "extractive question answering")
+    task: Literal["span", "text"] = option(
+        "span", "span: extractive, an encoder; text: generative, T5 and the like"
+    )
     batch_size: int = option(32, "rows in one optimizer step, over all ranks")
     tokens_per_device: int | None = option(
         None, "padded tokens of a micro-batch; default 8192 (CPU: 4096). Same curve"
@@ -114,6 +147,7 @@ class TrainConfig:
     timeout_s: int = option(600, "a rank that waits longer for the others gives up")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -122,11 +156,15 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Score a checkpoint, or a file of predictions, on a SQuAD file: the official figures, offline."""
+    """Score a checkpoint, or a file of predictions: the official SQuAD figures or CausalQA's, offline."""
 
-    data: str | None = option(None, "SQuAD JSON, or a folder saved by datasets")
+    data: list[str] | str | None = option(
+        None, "SQuAD JSON, a folder saved by datasets; text models: also CausalQA CSV, JSONL or folder"
+    )
     model: str | None = option(None, "checkpoint folder, run folder (its best checkpoint), or hub name")
-    predictions: str | None = option(None, "score this file {id: text} instead of a model")
+    predictions: str | None = option(
+        None, "score this file instead of a model: {id: text}, or for CausalQA a list of texts in row order"
+    )
     null_odds: str | None = option(None, "file {id: score} beside predictions, for the best_* figures")
     strict: bool = option(False, "an id without a prediction is an error, not an empty prediction")
     out_dir: str | None = option(None, "folder for predictions.json, null_odds.json, nbest_..., metrics.json")
@@ -136,6 +174,10 @@ class ScoreConfig:
     null_threshold: float = option(0.0, "predict '' when null - best score is more")
     num_best: int = option(20, "entries in nbest_predictions.json; 0: no such file")
     tokens_per_device: int = option(8192, "padded tokens of one batch")
+    rouge_bootstrap: bool = option(
+        False, "CausalQA: ROUGE-L as the median of 1,000 resamplings, as published"
+    )
+    text: TextConfig = field(default_factory=TextConfig)
     precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the forward pass")
     device: Literal["auto", "cuda", "cpu"] = option("auto", "where the model runs")
     cache_dir: str | None = option(None, "tokenised data; default $PLAINLOOP_CACHE or ~/.cache/plainloop")
@@ -155,19 +197,25 @@ class DemoConfig:
 FREE_ON_RESUME = {
     "run_dir", "tokens_per_device", "stop_at_step", "device", "timeout_s", "model.activation_checkpointing",
     "model.compile", "data.train", "data.dev", "data.cache_dir", "data.processes", "data.workers",
-    "evaluation", "checkpoint", "log",
+    "evaluation", "checkpoint", "log", "text.stride", "text.max_new_tokens", "text.num_beams",
+    "text.generate",
 }  # fmt: skip
 
 
-METRICS = "exact f1 HasAns_exact HasAns_f1 NoAns_exact NoAns_f1 best_exact best_f1 loss".split()
+SQUAD_METRICS = "exact f1 HasAns_exact HasAns_f1 NoAns_exact NoAns_f1 loss".split()
+METRICS = {
+    "span": [*SQUAD_METRICS, "best_exact", "best_f1"],
+    "text": [*SQUAD_METRICS, "em", "rougeL_f1", "rougeL_recall", "rougeL_precision"],
+}
 POSITIVE = (
     "batch_size tokens_per_device epochs max_steps timeout_s data.limit optim.lr optim.eps log.every_steps"
-    " checkpoint.keep_last evaluation.max_answer_length evaluation.tokens_per_device"
+    " checkpoint.keep_last evaluation.max_answer_length evaluation.tokens_per_device text.max_source_length"
+    " text.max_target_length text.max_new_tokens text.num_beams"
 ).split()
 NOT_NEGATIVE = (
     "seed stop_at_step data.bucket data.workers optim.warmup optim.weight_decay optim.max_grad_norm"
     " optim.max_nonfinite_steps evaluation.every_steps evaluation.num_best evaluation.early_stopping"
-    " checkpoint.every_steps"
+    " checkpoint.every_steps text.stride text.generate"
 ).split()
 
 
@@ -175,33 +223,61 @@ def check_train_config(config: TrainConfig) -> None:
     """All faults of the values at once, as one InputError. None is fine where it is a default."""
     values = flatten(dataclasses.asdict(config))
     rules = [
-        ("data.train", bool(config.data.train), "a SQuAD file or a saved datasets folder"),
+        ("data.train", bool(config.data.train), "a file or a folder"),
         *((name, values[name] is None or values[name] > 0, "more than 0") for name in POSITIVE),
         *((name, values[name] is None or values[name] >= 0, "at least 0") for name in NOT_NEGATIVE),
         *(
             (n, 0 <= (values[n] or 0) < 1, "0 to below 1")
-            for n in ("model.dropout", "model.attention_dropout")
+            for n in ("model.dropout", "model.attention_dropout", "text.label_smoothing")
         ),
         ("optim.betas", all(0 <= beta < 1 for beta in config.optim.betas), "0 to below 1"),
         (
             "evaluation.best_metric",
-            values["evaluation.best_metric"] in METRICS,
-            f"one of {', '.join(METRICS)}",
+            values["evaluation.best_metric"] in METRICS[config.task],
+            f"one of {', '.join(METRICS[config.task])}",
         ),
     ]
     faults = [f"{name} is {values[name]}, it must be {rule}" for name, ok, rule in rules if not ok]
+    faults += _without_effect(config)
+    if config.task == "text" and config.text.generate == 0 and config.evaluation.best_metric != "loss":
+        faults.append("text.generate 0 leaves only the loss: set evaluation.best_metric to loss")
     if config.evaluation.early_stopping and not config.data.dev:
         faults.append("evaluation.early_stopping needs data.dev")
     if faults:
         raise InputError("; ".join(faults))
 
 
+# Options that only the other task knows.
+OTHER_TASK = {
+    "span": ("text",),
+    "text": (
+        "model.attention_dropout", "data.max_length", "data.stride", "evaluation.max_answer_length",
+        "evaluation.null_threshold", "evaluation.num_best",
+    ),
+}  # fmt: skip
+
+
+def _without_effect(config: TrainConfig) -> list[str]:
+    """Options that are set and that this task would ignore in silence."""
+    values, default = (flatten(dataclasses.asdict(c)) for c in (config, TrainConfig()))
+    names = [
+        n for n in values if n in OTHER_TASK[config.task] or n.partition(".")[0] in OTHER_TASK[config.task]
+    ]
+    faults = [
+        f"{n} has no effect with task {config.task}; leave it out" for n in names if values[n] != default[n]
+    ]
+    if config.task == "span" and (isinstance(config.data.train, list) or isinstance(config.data.dev, list)):
+        faults.append("data.train and data.dev must be one file or folder with task span")
+    return faults
+
+
 def config_differences(now: TrainConfig, before: dict[str, Any]) -> list[str]:
     """Options that would change the mathematics of a resumed run, as 'name: before -> now'."""
-    old, new = flatten(before), flatten(dataclasses.asdict(now))
+    # An option that the checkpoint's version did not know had the effect of its default.
+    old, new = flatten(dataclasses.asdict(TrainConfig())) | flatten(before), flatten(dataclasses.asdict(now))
     free = FREE_ON_RESUME | set(now.checkpoint.allow_changes)
     return [
-        f"{name}: {old.get(name)} -> {new[name]}"
+        f"{name}: {old[name]} -> {new[name]}"
         for name in new
-        if new[name] != old.get(name) and name not in free and name.partition(".")[0] not in free
+        if new[name] != old[name] and name not in free and name.partition(".")[0] not in free
     ]

@@ -24,6 +24,39 @@ from plainloop.trainer.metrics import squad_scores
 from plainloop.trainer.precision import autocast
 
 
+class Interrupted(Exception):
+    """All ranks were asked to stop, half-way through an evaluation."""
+
+
+def on_micro_batches(
+    model: nn.Module,
+    micro_batches: Sequence[Sequence[np.ndarray]],
+    action: Callable[[np.ndarray], None],
+    *,
+    world: World,
+    should_stop: Callable[[], bool],
+    name: str,
+) -> None:
+    """All ranks. action(rows) for each micro-batch of this rank, in evaluation mode; no collective of its
+    own.
+
+    micro_batches: of every rank. Raises Interrupted when should_stop() said so at a batch boundary: all
+    ranks ask equally often, also one that has fewer micro-batches, and must get the same answer.
+    """
+    mine, was_training = micro_batches[world.rank], model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), _bar(name, sum(map(len, mine)), world) as bar:
+            for i in range(max(map(len, micro_batches))):
+                if should_stop():
+                    raise Interrupted
+                if i < len(mine):
+                    action(mine[i])
+                    bar.update(len(mine[i]))
+    finally:
+        model.train(was_training)
+
+
 def decode(
     model: nn.Module,
     store: Store,
@@ -35,35 +68,22 @@ def decode(
     tokens: int,
     config: EvaluationConfig,
     should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[Spans, float] | None:
-    """All ranks, no collective before the end. This rank's best spans and its sum of losses.
-
-    None when should_stop() said so at a batch boundary (it must say the same on all ranks).
-    """
+) -> tuple[Spans, float]:
+    """All ranks. This rank's best spans and its sum of losses. Raises Interrupted."""
     micro_batches = deal(np.arange(len(store)), store.lengths, world_size=world.size, tokens=tokens)
     parts: list[Spans] = []
-    total_loss = 0.0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), _bar(sum(map(len, micro_batches[world.rank])), world) as bar:
-            # All ranks ask equally often, also one that has fewer micro-batches.
-            for i in range(max(map(len, micro_batches))):
-                if should_stop():
-                    return None
-                if i >= len(micro_batches[world.rank]):
-                    continue
-                rows = micro_batches[world.rank][i]
-                inputs, labels = (
-                    {name: tensor.to(world.device) for name, tensor in part.items()} for part in collate(rows)
-                )
-                with autocast(precision, world.device):
-                    logits = model(**inputs)
-                total_loss += loss_sum(logits, labels).item()
-                parts.append(decode_logits(logits.float().cpu().numpy(), rows, store, config))
-                bar.update(len(rows))
-    finally:
-        model.train(was_training)
+    losses = [0.0]
+
+    def decode_rows(rows: np.ndarray) -> None:
+        inputs, labels = (
+            {name: tensor.to(world.device) for name, tensor in part.items()} for part in collate(rows)
+        )
+        with autocast(precision, world.device):
+            logits = model(**inputs)
+        losses.append(loss_sum(logits, labels).item())
+        parts.append(decode_logits(logits.float().cpu().numpy(), rows, store, config))
+
+    on_micro_batches(model, micro_batches, decode_rows, world=world, should_stop=should_stop, name="evaluate")
     if not parts:  # more ranks than micro-batches
         return decode_logits(
             np.zeros((0, 1, 2), dtype=np.float32), np.zeros(0, dtype=np.int64), store, config
@@ -72,7 +92,7 @@ def decode(
     padded = [
         Spans(p.row, p.null, *(_widen(a, width) for a in (p.score, p.char_start, p.char_end))) for p in parts
     ]
-    return Spans(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True))), total_loss
+    return Spans(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True))), sum(losses)
 
 
 def evaluate_spans(
@@ -136,11 +156,11 @@ def _widen(array: np.ndarray, width: int) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
 
 
-def _bar(total: int, world: World) -> tqdm[Any]:
+def _bar(name: str, total: int, world: World) -> tqdm[Any]:
     return tqdm(
         total=total,
-        desc="evaluate",
-        unit="w",
+        desc=name,
+        unit="rows",
         delay=2,
         mininterval=1,
         disable=None if world.is_main else True,

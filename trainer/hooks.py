@@ -184,7 +184,7 @@ class Evaluate:
         state.evaluations.append({"step": state.step, **metrics})
         seconds = time.perf_counter() - started
         self.log.record("evaluation", state.step, {**metrics, "seconds": seconds})
-        shown = "  ".join(f"{k} {v:.2f}" for k, v in metrics.items() if not k.endswith(("_thresh", "total")))
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if not k.endswith(("_thresh", "total")))
         self.log.say(f"step {state.step}: {shown}  ({seconds:.0f} s)")
 
 

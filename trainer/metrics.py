@@ -1,6 +1,8 @@
 """Scores, as pure functions. SQuAD 2.0: the figures of the official evaluate-v2.0 script to the last digit.
 
-Formulas: Rajpurkar et al. 2018 and its published script. Percent, 0-100.
+SQuAD formulas: Rajpurkar et al. 2018 and its published script. Percent, 0-100. CausalQA: fractions, 0-1, as
+in the published evaluation of Webis-CausalQA-22 (Bondarenko et al. 2022); ROUGE-L by the package
+rouge_score.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from plainloop.data.types import Example
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+ROUGE_FIELDS = {"precision": "precision", "recall": "recall", "f1": "fmeasure"}  # ours -> rouge_score's
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -109,3 +113,50 @@ def _best(
         if current > best:
             best, threshold = current, score_diff.get(i, 0.0)
     return 100.0 * best / len(answerable), threshold
+
+
+def causalqa_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, bootstrap: bool = False
+) -> dict[str, float]:
+    """Means over examples of f1, em and ROUGE-L, each against the best of an example's references.
+
+    Texts are normalised as for SQuAD. f1 is 0 when either side is empty. The reference with the largest
+    ROUGE-L f-measure (the first of equals) gives precision, recall and f-measure. bootstrap: ROUGE-L as the
+    middle of 1,000 resamplings with numpy seed 42, which is what the published code prints.
+    """
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    exact, f1, rouge = [], [], []
+    for prediction, golds in zip(predictions, references, strict=True):
+        predicted, normal = normalize_answer(prediction), [normalize_answer(gold) for gold in golds]
+        exact.append(int(predicted in normal))
+        f1.append(max(token_f1(gold, predicted) if gold and predicted else 0 for gold in normal))
+        rouge.append(
+            max((scorer.score(gold, predicted)["rougeL"] for gold in normal), key=lambda s: s.fmeasure)
+        )
+    scores = {"f1": sum(f1) / len(f1), "em": sum(exact) / len(exact)}
+    return scores | (_rouge_medians(rouge) if bootstrap else _rouge_means(rouge))
+
+
+def _rouge_means(scores: Sequence[Any]) -> dict[str, float]:
+    return {
+        f"rougeL_{name}": sum(getattr(s, of) for s in scores) / len(scores)
+        for name, of in ROUGE_FIELDS.items()
+    }
+
+
+def _rouge_medians(scores: Sequence[Any]) -> dict[str, float]:
+    import numpy as np
+    from rouge_score import scoring
+
+    aggregator = scoring.BootstrapAggregator(n_samples=1000)
+    for score in scores:
+        aggregator.add_scores({"rougeL": score})
+    before = np.random.get_state()
+    np.random.seed(42)  # the aggregator draws from numpy's global generator
+    try:
+        middle = aggregator.aggregate()["rougeL"].mid
+    finally:
+        np.random.set_state(before)
+    return {f"rougeL_{name}": float(getattr(middle, of)) for name, of in ROUGE_FIELDS.items()}

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, and the learning rate as a pure function of the step."""
+"""Parameter groups, the optimizers, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel, which can skip a step."""
+    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel, which can skip a step. Or
+    Adafactor (Shazeer & Stern 2018): no first moment, second moments by row and column, steps relative to
+    the weights.
+    """
     groups = parameter_groups(model, config.weight_decay)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -28,7 +28,7 @@ from plainloop.trainer.options import to_yaml
 from plainloop.trainer.precision import check_precision, make_scaler
 from plainloop.trainer.signals import StopRequest
 from plainloop.trainer.state import TrainState
-from plainloop.trainer.tasks import SpanTask, data_report
+from plainloop.trainer.tasks import make_task
 
 TOKENS_PER_DEVICE = {"cuda": 8192, "cpu": 4096}
 
@@ -48,16 +48,16 @@ def train(config: TrainConfig) -> Verdict:
 
         # Data: tokenised by rank 0 before there is a process group that could time out.
         tokens = config.tokens_per_device or TOKENS_PER_DEVICE[world.device.type]
-        task = SpanTask(config.model, config.data, world)
-        windows = task.prepare(str(config.data.train), limit=config.data.limit)
-        dev_windows = task.prepare(config.data.dev) if config.data.dev else None
-        steps = task.steps(windows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
+        task = make_task(config.task, config.model, config.data, config.text, world)
+        rows = task.prepare("train", config.data.train or "", limit=config.data.limit)
+        dev_rows = task.prepare("dev", config.data.dev) if config.data.dev else None
+        steps = task.steps(rows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
         total_steps = min(config.max_steps or 2**62, config.epochs * steps.sampler.steps_per_epoch)
         stack.enter_context(process_group(world, timeout_s=config.timeout_s))
         request = stack.enter_context(StopRequest(run_dir / "stop" if world.is_main else None).listening())
 
         # Model: own newest good checkpoint > the pretrained one. A new head depends on the seed alone.
-        fingerprint = {"data": windows.path.name}
+        fingerprint = {"data": rows.path.name}
         found = find_checkpoint(run_dir, config, fingerprint, world, log)
         torch.manual_seed(config.seed)
         model = task.load_model(str(found.path) if found else config.model.path, new_head=found is None)
@@ -68,9 +68,10 @@ def train(config: TrainConfig) -> Verdict:
         if found:
             checkpoints.restore(state, found, is_main=world.is_main)
             log.say(f"continuing from {found.path} at step {state.step} of {total_steps}")
-        log.say(data_report("train", str(config.data.train), windows, steps))
-        if dev_windows is not None:
-            log.say(data_report("dev", str(config.data.dev), dev_windows))
+        log.say(f"train: {steps.describe()}")
+        for part, path, data in (("train", config.data.train, rows), ("dev", config.data.dev, dev_rows)):
+            for line in task.report(part, data, config.precision) if data else []:
+                log.say(f"{part}: {path}: {line}")
         log.say(layout(model, world, config, tokens, total_steps))
 
         # What happens between steps, in this order. A hook of your own goes into this list.
@@ -79,10 +80,11 @@ def train(config: TrainConfig) -> Verdict:
         stop = Stop(request, config.stop_at_step)
 
         def evaluate() -> dict[str, float] | None:
+            assert dev_rows is not None
             return task.evaluate(
-                model, dev_windows, str(config.data.dev), config=config.evaluation,
+                model, dev_rows, name=f"{run_dir} step {state.step}", config=config.evaluation,
                 precision=config.precision, tokens=config.evaluation.tokens_per_device or 2 * tokens,
-                folder=run_dir / "evaluation", should_stop=stop.agreed,
+                folder=run_dir / "evaluation", should_stop=stop.agreed, training=True,
             )  # fmt: skip
 
         save = SaveCheckpoint(
@@ -94,7 +96,7 @@ def train(config: TrainConfig) -> Verdict:
             stop,
             NonFinite(config.optim.max_nonfinite_steps),
             LogLine(log, config.log.every_steps, watch, lr),
-            *([Evaluate(evaluate, log, watch, config.evaluation)] if dev_windows is not None else []),
+            *([Evaluate(evaluate, log, watch, config.evaluation)] if dev_rows is not None else []),
             save,
         ]
 
@@ -187,6 +189,6 @@ def layout(model: nn.Module, world: World, config: TrainConfig, tokens: int, tot
     free = shutil.disk_usage(config.run_dir).free / 1e9
     return (
         f"{millions:.1f} M parameters, {config.precision}, {world.size} x {world.device.type};"
-        f" {total_steps} steps of {config.batch_size} windows, at most {tokens} tokens a device at once;"
+        f" {total_steps} steps of {config.batch_size} rows, at most {tokens} tokens a device at once;"
         f" checkpoints of {checkpoints.checkpoint_bytes(model) / 1e9:.2f} GB, {free:.0f} GB free"
     )

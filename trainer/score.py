@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from plainloop.data.causalqa import TextOptions, data_files, is_squad, read_text
 from plainloop.data.squad import read_json, read_squad
 from plainloop.data.types import InputError
-from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, ScoreConfig
-from plainloop.trainer.metrics import squad_scores
+from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, ScoreConfig, TextConfig
+from plainloop.trainer.metrics import causalqa_scores, squad_scores
 
 
 def score(config: ScoreConfig) -> dict[str, float] | None:
@@ -24,10 +26,15 @@ def score(config: ScoreConfig) -> dict[str, float] | None:
 
 
 def score_predictions(config: ScoreConfig) -> dict[str, float]:
-    """A file {id: text} against the data; a missing id counts as an empty prediction, with a warning."""
+    """A file against the data. SQuAD: {id: text}; a missing id counts as empty, with a warning."""
     if config.out_dir:
         raise InputError("--out_dir goes with --model; the figures of --predictions are printed.")
-    examples = read_squad(str(config.data))
+    files = data_files(config.data or "", "valid", text_options(config.text))
+    if not is_squad(files[0]):
+        return score_text_predictions(config, files)
+    if len(files) > 1 or config.rouge_bootstrap:
+        raise InputError("SQuAD wants one --data file, and --rouge_bootstrap is for CausalQA.")
+    examples = read_squad(files[0])
     predictions = _read_map(str(config.predictions), str, "text")
     ids = {example.id for example in examples}
     missing, unknown = ids - set(predictions), set(predictions) - ids
@@ -43,22 +50,54 @@ def score_predictions(config: ScoreConfig) -> dict[str, float]:
     return squad_scores(examples, predictions, score_diff=odds)
 
 
+def score_text_predictions(config: ScoreConfig, files: list[str]) -> dict[str, float]:
+    """CausalQA: a list of texts in row order, an object that holds one as `predictions`, or {id: text}."""
+    if config.null_odds:
+        raise InputError("--null_odds is for SQuAD; CausalQA has no unanswerable questions.")
+    examples = read_text(files, text_options(config.text))
+    path = Path(str(config.predictions))
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    content = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("predictions"), list):
+        content = content["predictions"]
+    if isinstance(content, dict):
+        missing = [e.id for e in examples if e.id not in content]
+        if missing:
+            raise InputError(f"{path}: {len(missing)} ids have no prediction, first {missing[0]!r}.")
+        content = [content[e.id] for e in examples]
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+        raise InputError(f"{path}: must be a JSON list of texts, or an object {{id: text}}.")
+    if len(content) != len(examples):
+        raise InputError(f"{path}: has {len(content)} predictions, {', '.join(files)} {len(examples)} rows.")
+    return causalqa_scores(content, [e.references for e in examples], bootstrap=config.rouge_bootstrap)
+
+
+def text_options(text: TextConfig) -> TextOptions:
+    """What of the config the readers are told."""
+    return TextOptions(**{f.name: getattr(text, f.name) for f in dataclasses.fields(TextOptions)})
+
+
 def score_model(config: ScoreConfig) -> dict[str, float] | None:
     """All ranks."""
+    from plainloop.models.load import load_config
     from plainloop.trainer.checkpoint import write_atomically
     from plainloop.trainer.distributed import process_group, world_from_env
     from plainloop.trainer.precision import check_precision
-    from plainloop.trainer.tasks import SpanTask
+    from plainloop.trainer.tasks import make_task
 
     world = world_from_env(config.device)
     check_precision(config.precision, world.device)
     path = checkpoint_path(str(config.model))
     trained = trained_with(path)
+    kind = trained.get("task") or ("text" if load_config(path).is_encoder_decoder else "span")
+    windows = trained.get("data", {})
     data = DataConfig(
-        max_length=config.max_length or trained.get("max_length", 384),
-        stride=trained.get("stride", 128) if config.stride is None else config.stride,
+        max_length=config.max_length or windows.get("max_length", 384),
+        stride=windows.get("stride", 128) if config.stride is None else config.stride,
         cache_dir=config.cache_dir,
     )
+    text = merged(trained.get("text", {}), config.text)
     if config.out_dir and world.is_main:
         try:  # found now, not after the evaluation
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
@@ -66,8 +105,8 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
             (Path(config.out_dir) / ".tmp-probe").unlink()
         except OSError as error:
             raise InputError(f"--out_dir {config.out_dir}: {error.strerror or error}.") from None
-    task = SpanTask(ModelConfig(path=path), data, world)
-    windows = task.prepare(str(config.data))
+    task = make_task(kind, ModelConfig(path=path), data, text, world)
+    rows = task.prepare("dev", config.data or "")
     model = task.load_model(path, new_head=False).to(world.device)
     evaluation = EvaluationConfig(
         max_answer_length=config.max_answer_length,
@@ -76,9 +115,9 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
     )
     with process_group(world, timeout_s=config.timeout_s):
         metrics = task.evaluate(
-            model, windows, str(config.data),
-            precision=config.precision, tokens=config.tokens_per_device, config=evaluation,
-            folder=Path(config.out_dir) if config.out_dir else None,
+            model, rows, name=path, precision=config.precision, tokens=config.tokens_per_device,
+            config=evaluation, folder=Path(config.out_dir) if config.out_dir else None,
+            should_stop=lambda: False, training=False, bootstrap=config.rouge_bootstrap,
         )  # fmt: skip
     return metrics if world.is_main else None
 
@@ -102,12 +141,20 @@ def checkpoint_path(path: str) -> str:
 
 
 def trained_with(path: str) -> dict[str, Any]:
-    """The data options of one of our checkpoints; {} for other folders."""
+    """The config of one of our checkpoints; {} for other folders."""
     try:
         state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
-        return dict(state["config"]["data"])
+        return dict(state["config"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def merged(trained: dict[str, Any], given: TextConfig) -> TextConfig:
+    """The text options that a run was trained with; what is given otherwise than its default comes first."""
+    default = TextConfig()
+    chosen = {k: v for k, v in dataclasses.asdict(given).items() if v != getattr(default, k)}
+    known = {field.name for field in dataclasses.fields(TextConfig)}
+    return TextConfig(**{k: v for k, v in trained.items() if k in known} | chosen)
 
 
 def _read_map(path: str, kind: Any, what: str) -> dict[str, Any]:

@@ -58,18 +58,19 @@ def main() -> None:
     from plainloop.data.answers import Spans
     from plainloop.data.samplers import deal
     from plainloop.data.squad import read_squad
-    from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig
+    from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, TextConfig
     from plainloop.trainer.demo import packaged_encoder
     from plainloop.trainer.distributed import world_from_env
     from plainloop.trainer.evaluate import decode_logits, evaluate_spans
     from plainloop.trainer.metrics import normalize_answer, squad_scores
-    from plainloop.trainer.tasks import SpanTask
+    from plainloop.trainer.tasks import make_task
 
     path = str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "squad2/dev-v2.0.full-rebuilt.json")
     examples = read_squad(path)
     with tempfile.TemporaryDirectory() as cache:
         model = ModelConfig(path=packaged_encoder())
-        store = SpanTask(model, DataConfig(cache_dir=cache), world_from_env("cpu")).prepare(path)
+        data, world = DataConfig(cache_dir=cache), world_from_env("cpu")
+        store = make_task("span", model, data, TextConfig(), world).prepare("dev", path)
         random = np.random.default_rng(0)
         batches = deal(np.arange(len(store)), store.lengths, world_size=1, tokens=8192)[0]
         padded = [synthetic_logits(random, len(rows), int(store.lengths[rows].max())) for rows in batches]

@@ -29,16 +29,18 @@ def setup(cache: str, *, threads: int = 2) -> tuple[Any, Any, str]:
     """
     import torch
 
-    from plainloop.trainer.config import DataConfig, ModelConfig
+    from plainloop.trainer.config import DataConfig, ModelConfig, TextConfig
     from plainloop.trainer.demo import packaged_encoder
     from plainloop.trainer.distributed import world_from_env
-    from plainloop.trainer.tasks import SpanTask
+    from plainloop.trainer.tasks import make_task
 
     torch.set_num_threads(threads)
     model = packaged_encoder()
-    task = SpanTask(ModelConfig(path=model), DataConfig(cache_dir=cache), world_from_env("cpu"))
+    task = make_task(
+        "span", ModelConfig(path=model), DataConfig(cache_dir=cache), TextConfig(), world_from_env("cpu")
+    )
     windows = task.prepare(
-        str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "squad2/train-v2.0.subset.json"), limit=LIMIT
+        "train", str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "squad2/train-v2.0.subset.json"), limit=LIMIT
     )
     return task, windows, model
 

@@ -7,20 +7,22 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from plainloop.trainer.config import DataConfig, ModelConfig, OptimConfig
+from plainloop.trainer.config import DataConfig, ModelConfig, OptimConfig, TextConfig
 from plainloop.trainer.distributed import process_group, world_from_env
 from plainloop.trainer.loop import StepOptions, train_step
 from plainloop.trainer.optim import make_optimizer
 from plainloop.trainer.precision import make_scaler
 from plainloop.trainer.run import wrap
 from plainloop.trainer.state import TrainState
-from plainloop.trainer.tasks import SpanTask
+from plainloop.trainer.tasks import make_task
 
 out, batch_size, tokens, model_path, data_path, cache = sys.argv[1:]
 world = world_from_env("cpu")
 data = DataConfig(max_length=96, stride=24, cache_dir=cache, bucket=0)
-task = SpanTask(ModelConfig(path=model_path, dropout=0.0, attention_dropout=0.0), data, world)
-windows = task.prepare(data_path)
+task = make_task(
+    "span", ModelConfig(path=model_path, dropout=0.0, attention_dropout=0.0), data, TextConfig(), world
+)
+windows = task.prepare("train", data_path)
 with process_group(world, timeout_s=60):
     torch.manual_seed(0)
     model = task.load_model(model_path, new_head=True).train()

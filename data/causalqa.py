@@ -1,0 +1,187 @@
+"""Text to text: Webis-CausalQA-22 (CSV or JSONL) and SQuAD files -> TextExamples, a source and a target each.
+
+CausalQA: `question_processed \\n context_processed` (the separator is a backslash and an n, as in
+UnifiedQA: T5's vocabulary drops a real newline without a trace). `answer` holds the references, joined by
+TAB; a target is one of them, never the joined string. A cell `None` or `NA` is text; only an empty cell
+means that there is no context.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plainloop.data.squad import MAX_FAULTS_SHOWN, read_squad
+from plainloop.data.types import InputError, TextExample
+
+SEPARATOR = " \\n "
+COLUMNS = ("question_processed", "context_processed", "answer", "answer_processed")
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How rows become sources and targets.
+
+    target: which reference is learned: "first", "most_frequent", or "each" (a row for each distinct one).
+    target_column: CausalQA's `answer` or `answer_processed`. format: of SQuAD questions, "t5" (`question: Q
+    context: C`) or "unifiedqa" (`q \\n c`, lower-cased). null_target: what is learned for an unanswerable
+    question. dataset, split: which file of a CausalQA folder, as
+    `{dataset}_{train|valid}_{split}_split.csv`.
+    """
+
+    target: str = "first"
+    target_column: str = "answer"
+    format: str = "t5"
+    null_target: str = ""
+    dataset: str | None = None
+    split: str = "original"
+
+
+def is_squad(path: str) -> bool:
+    """A .json file or a folder saved by datasets; otherwise it is CausalQA."""
+    return path.endswith(".json") or (Path(path) / "state.json").exists()
+
+
+def data_files(path: str | Sequence[str], part: str, options: TextOptions) -> list[str]:
+    """The files behind an option: one or several; a CausalQA folder stands for its file of this part.
+
+    part: "train" or "valid". Raises InputError when one is missing, or when SQuAD and CausalQA are mixed.
+    """
+    files = []
+    for name in [path] if isinstance(path, str) else path:
+        folder = Path(name)
+        if folder.is_dir() and not is_squad(name):
+            if not options.dataset:
+                found = sorted({f.name.split(f"_{part}_")[0] for f in folder.glob(f"*_{part}_*_split.csv")})
+                there = f"it has {', '.join(found)}" if found else f"it has no *_{part}_*_split.csv"
+                raise InputError(f"{name}: say which data set of this folder with data.dataset; {there}.")
+            name = str(folder / f"{options.dataset}_{part}_{options.split}_split.csv")
+        if not Path(name).exists():
+            raise InputError(f"{name}: no such file. Give CausalQA CSV or JSONL, SQuAD JSON, or a folder.")
+        files.append(name)
+    if len({is_squad(name) for name in files}) > 1:
+        raise InputError(
+            f"{', '.join(files)}: SQuAD and CausalQA files can't be mixed; they are scored unlike."
+        )
+    return files
+
+
+def read_text(files: Sequence[str], options: TextOptions, *, training: bool = False) -> list[TextExample]:
+    """All rows of the files, in order. With `training`, target "each" makes a row of each distinct reference.
+
+    Raises InputError that lists the first bad rows with their line numbers.
+    """
+    examples: list[TextExample] = []
+    for name in files:
+        read = squad_as_text if is_squad(name) else read_causalqa
+        examples += read(name, options)
+    if training and options.target == "each":
+        examples = [
+            TextExample(e.id, e.question, e.context, e.references, reference)
+            for e in examples
+            for reference in dict.fromkeys(e.references or (e.target,))
+        ]
+    return examples
+
+
+def read_causalqa(path: str, options: TextOptions) -> list[TextExample]:
+    """A CSV or JSONL file of CausalQA, in file order."""
+    rows = _json_lines(Path(path)) if path.endswith((".jsonl", ".json")) else _csv_rows(Path(path))
+    examples, faults = [], []
+    for line, row in rows:
+        fault = _fault(row)
+        if fault:
+            faults.append(f"line {line}: {fault}")
+            continue
+        context = row["context_processed"] or ""
+        references, targets = (_references(row[column]) for column in ("answer", options.target_column))
+        target = Counter(targets).most_common(1)[0][0] if options.target == "most_frequent" else targets[0]
+        question = row["question_processed"] + (SEPARATOR if context else "")
+        examples.append(TextExample(str(row.get("id", line)), question, context, references, target))
+    if faults:
+        shown = "\n  ".join(faults[:MAX_FAULTS_SHOWN])
+        raise InputError(f"{path}: {len(faults)} bad row(s); correct or remove them:\n  {shown}")
+    if not examples:
+        raise InputError(f"{path}: holds no row.")
+    return examples
+
+
+def squad_as_text(path: str, options: TextOptions) -> list[TextExample]:
+    """A SQuAD file as text to text; the target is the first answer, or `null_target`."""
+    examples = []
+    for e in read_squad(path):
+        question, context = e.question.strip(), e.context
+        if options.format == "unifiedqa":
+            question, context = (question + SEPARATOR).lower(), context.lower()
+        else:
+            question = f"question: {question} context: "
+        texts = tuple(answer.text for answer in e.answers)
+        target = options.null_target
+        if texts:
+            target = Counter(texts).most_common(1)[0][0] if options.target == "most_frequent" else texts[0]
+        examples.append(TextExample(e.id, question, context, texts, target))
+    return examples
+
+
+def _references(cell: str) -> tuple[str, ...]:
+    return tuple(text.strip() for text in cell.split("\t") if text.strip())
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) pairs. csv, not pandas, which makes missing values of `None`, `NA`, `null` ..."""
+    csv.field_size_limit(2**31 - 1)  # a context may be a whole page
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            header = reader.fieldnames or []
+            if list(header) == ["id"]:
+                raise InputError(
+                    f"{path}: holds ids alone: ELI5's texts may not be redistributed. Rebuild the file from"
+                    " the original posts (see the Webis-CausalQA-22 repository), or leave this data set out."
+                )
+            missing = [name for name in COLUMNS if name not in header]
+            if missing:
+                raise InputError(f"{path}: not a CausalQA file: its header has no {', '.join(missing)}.")
+            for row in reader:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error}).") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8. Convert the file to UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}.") from None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8. Convert the file to UTF-8.") from None
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 is no end of a line
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}: line {number}: not valid JSON ({error.msg}).") from None
+
+
+def _fault(row: Any) -> str | None:
+    """What is wrong with a row, or None. Only a context may be empty."""
+    if not isinstance(row, dict) or None in row:
+        return "not an object" if not isinstance(row, dict) else "more cells than the header has columns"
+    for name in COLUMNS:
+        value = row.get(name)
+        if name == "context_processed" and value is None:
+            continue
+        if not isinstance(value, str):
+            return f"'{name}' is missing or not text"
+        if name != "context_processed" and not value.strip():
+            return f"'{name}' is empty"
+    return None

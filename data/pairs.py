@@ -1,0 +1,115 @@
+"""Tokenise text-to-text rows: source and target ids as flat arrays. Only the context of a source is ever cut.
+
+A context that does not fit is cut at its end (training), or becomes overlapping windows, each with the
+whole question (evaluation of SQuAD): the best answer over the windows is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from plainloop.data.tokenise import Arrays, tokenise
+from plainloop.data.types import InputError, TextExample
+
+
+def pair_rows(
+    examples: Sequence[TextExample],
+    tokenizer: Any,
+    *,
+    max_source_length: int,
+    max_target_length: int,
+    stride: int | None = None,
+    processes: int = 1,
+) -> Arrays:
+    """Rows in order: input_ids (S,) with length (N,); target_ids (T,) with target_length (N,); example (N,).
+
+    stride None: one row an example, `cut` says which contexts were cut. A number: windows that share so
+    many context tokens. Raises InputError when questions leave no room at all: a question is never cut.
+    """
+    job = _Job(tokenizer, max_source_length, max_target_length, stride)
+    arrays = tokenise(job, examples, processes)
+    room = arrays.pop("room")
+    without = np.flatnonzero(room < 0)
+    if len(without):
+        first, length = examples[without[0]], max_source_length - int(room[without[0]])
+        raise InputError(
+            f"{len(without)} questions alone are longer than text.max_source_length {max_source_length}"
+            f" (the first: id {first.id!r}, {length} tokens); a question is never cut: make that larger, or"
+            " remove them."
+        )
+    arrays["example"] = np.repeat(np.arange(len(examples), dtype=np.int32), arrays.pop("num_rows"))
+    return arrays
+
+
+class _Job:
+    """A tokenizer with its options: what a worker process is given once, by fork."""
+
+    def __init__(
+        self, tokenizer: Any, max_source_length: int, max_target_length: int, stride: int | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_source_length = max_source_length
+        self.max_target_length = max_target_length
+        self.stride = stride
+
+    def __call__(self, examples: Sequence[TextExample]) -> Arrays:
+        sources = self._ids([e.question + e.context for e in examples])
+        targets = self.tokenizer(text_target=[e.target for e in examples], verbose=False)["input_ids"]
+        parts, room = [], []
+        for example, ids in zip(examples, sources, strict=True):
+            rows, left = self._rows(example, ids)
+            parts.append(rows)
+            room.append(left)
+        long = [len(ids) > self.max_target_length for ids in targets]
+        targets = [
+            [*ids[: self.max_target_length - 1], ids[-1]] if cut else ids
+            for ids, cut in zip(targets, long, strict=True)
+        ]
+        counts = np.array([len(rows) for rows in parts], dtype=np.int32)
+        target_of_row = [ids for ids, count in zip(targets, counts, strict=True) for _ in range(count)]
+        source_of_row = [ids for rows in parts for ids in rows]
+        return {
+            "input_ids": _flat(source_of_row),
+            "length": _lengths(source_of_row),
+            "target_ids": _flat(target_of_row),
+            "target_length": _lengths(target_of_row),
+            "num_rows": counts,
+            "cut": np.array([len(ids) > self.max_source_length for ids in sources]),
+            "target_cut": np.array(long),
+            "room": np.array(room, dtype=np.int32),
+        }
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
+        return ids
+
+    def _rows(self, example: TextExample, ids: list[int]) -> tuple[list[list[int]], int]:
+        """The row or rows of a source, and how many tokens the question leaves (0 when nothing was cut)."""
+        if len(ids) <= self.max_source_length:
+            return [ids], 0
+        special = set(self.tokenizer.all_special_ids)
+        before = next(i for i, token in enumerate(ids) if token not in special)
+        after = next(i for i, token in enumerate(reversed(ids)) if token not in special)
+        # Without the blank at its end: a byte-level vocabulary joins it to the first word of the context.
+        question = self.tokenizer([example.question.rstrip()], add_special_tokens=False, verbose=False)
+        head = before + len(question["input_ids"][0])
+        room = self.max_source_length - head - after
+        if room < 0:
+            return [ids], room
+        context = ids[head : len(ids) - after]
+        if self.stride is None:
+            return [[*ids[:head], *context[:room], *ids[len(ids) - after :]]], 0
+        step = max(1, room - min(self.stride, room // 2))
+        starts = range(0, max(1, len(context) - room + step), step)
+        return [[*ids[:head], *context[i : i + room], *ids[len(ids) - after :]] for i in starts], 0
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([token for row in rows for token in row], dtype=np.int32)
+
+
+def _lengths(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([len(row) for row in rows], dtype=np.int32)

@@ -1,0 +1,61 @@
+"""Run a tokenising job over chunks of examples, in several processes, with a progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+CHUNK = 256  # examples in one call of the tokenizer
+MIN_EXAMPLES_FOR_PROCESSES = 2000  # below that, starting processes costs more than it saves
+
+Arrays = dict[str, np.ndarray]
+Job = Callable[[Sequence[Any]], Arrays]  # examples -> arrays, to be joined along their first axis
+
+_job: Job | None = None  # in a worker process: inherited by fork, so that nothing is pickled
+
+
+def tokenise(job: Job, examples: Sequence[Any], processes: int) -> Arrays:
+    """The job's arrays over all examples, in order."""
+    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+    with tqdm(total=len(examples), desc="tokenise", unit="q", delay=2, mininterval=1) as bar:
+        parts = []
+        several = processes > 1 and len(examples) >= MIN_EXAMPLES_FOR_PROCESSES
+        for chunk, part in zip(
+            chunks, _fork(job, chunks, processes) if several else map(job, chunks), strict=True
+        ):
+            parts.append(part)
+            bar.update(len(chunk))
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _fork(job: Job, chunks: Sequence[Sequence[Any]], processes: int) -> Iterator[Arrays]:
+    global _job
+    _job = job
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process: the processes are the parallelism
+    try:
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            yield from pool.imap(_run, chunks)
+    finally:
+        _job = None
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _run(examples: Sequence[Any]) -> Arrays:
+    assert _job is not None
+    try:
+        return _job(examples)
+    except BaseException as error:  # a Rust panic is no Exception: in a worker it would hang the pool
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise RuntimeError(
+            f"the tokenizer failed on a question from {examples[0].id!r} on: {error}"
+        ) from None

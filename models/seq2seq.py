@@ -1,0 +1,133 @@
+"""Text to text: any AutoModelForSeq2SeqLM. Logits at the scored positions, the loss, generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from plainloop.data.types import IGNORE_INDEX, InputError
+from plainloop.models.cpu import ATTENTION
+from plainloop.models.load import load_config, load_network
+
+# Their feed-forward output passes 65,504, the largest fp16 number; under autocast nothing clamps it.
+OVERFLOWS_IN_FP16 = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+# Families that hand the source's mask to their attentions and to nothing else. Bool (B, 1, 1, S) saves a
+# host sync.
+PLAIN_ATTENTION = {"t5", "mt5", "umt5", "bart", "mbart"}
+
+
+class Seq2SeqModel(nn.Module):
+    """A transformers *ForConditionalGeneration network that returns logits alone.
+
+    The projection to the vocabulary, for short targets the dearest part of the decoder, is computed for the
+    scored positions only: they are picked from what goes into the output embedding.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        self._scored: Tensor | None = None
+        network.get_output_embeddings().register_forward_pre_hook(self._pick)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, scored: Tensor
+    ) -> Tensor:
+        """input_ids, attention_mask (B, S); decoder_input_ids (B, T); scored (K,): positions in B * T.
+
+        Returns logits (K, V) in the precision of the network.
+        """
+        visible = attention_mask
+        config = self.network.config
+        if config.model_type in PLAIN_ATTENTION and config._attn_implementation in ("sdpa", ATTENTION):
+            visible = (attention_mask != 0)[:, None, None, :]  # as in spans.py
+        self._scored = scored
+        try:
+            output = self.network(
+                input_ids=input_ids, attention_mask=visible, decoder_input_ids=decoder_input_ids,
+                use_cache=False, return_dict=True,
+            )  # fmt: skip
+        finally:
+            self._scored = None
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _pick(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """(B, T, D) -> (1, K, D); while generating, nothing changes."""
+        if self._scored is None:
+            return None
+        hidden = arguments[0]
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._scored).unsqueeze(0),)
+
+
+def load_seq2seq_model(path: str, *, dropout: float | None = None) -> Seq2SeqModel:
+    """From a folder or hub name. dropout overrides its config. Raises InputError."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    overrides: dict[str, Any] = {}
+    if dropout is not None:
+        config = load_config(path)
+        overrides = {"dropout_rate" if hasattr(config, "dropout_rate") else "dropout": dropout}
+    network = load_network(AutoModelForSeq2SeqLM, path, **overrides)
+    if network.generation_config.decoder_start_token_id is None:
+        network.generation_config.decoder_start_token_id = start_token(network.config, path)
+    return Seq2SeqModel(network)
+
+
+def start_token(config: Any, path: str) -> int:
+    """What the decoder starts with: the config's, or T5's convention. Raises InputError."""
+    token = getattr(config, "decoder_start_token_id", None)
+    if token is None and config.model_type in OVERFLOWS_IN_FP16:  # T5 family: <pad>
+        token = config.pad_token_id
+    if token is None:
+        raise InputError(f"model.path {path}: its config.json has no decoder_start_token_id; add it.")
+    return int(token)
+
+
+def source_limit(config: Any) -> int:
+    """Longest source in tokens: BART has so many positions; T5's are relative, it has no limit."""
+    if config.model_type in OVERFLOWS_IN_FP16:
+        return 2**31
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
+def token_loss_sum(logits: Tensor, labels: dict[str, Tensor], *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, summed over the target tokens of the micro-batch; fp32 scalar.
+
+    logits: (K, V); labels target: (K,), IGNORE_INDEX for one that counts for nothing. label_smoothing e: the
+    target distribution is (1 - e) on the label plus e / V on every token (Szegedy et al. 2016).
+    """
+    return functional.cross_entropy(
+        logits.float(),
+        labels["target"],
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
+def generate(
+    model: Seq2SeqModel, inputs: dict[str, Tensor], *, max_new_tokens: int, num_beams: int = 1
+) -> Tensor:
+    """Greedy, or beams: (B, T) ids without the start token, padded behind the end of each.
+
+    Ends when all rows have ended. Sampling that the model's own generation config asks for is switched off.
+    """
+    ids: Tensor = model.network.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
+        num_beams=num_beams, do_sample=False,
+    )  # fmt: skip
+    return ids[:, 1:]
+
+
+def sequence_log_probs(model: Seq2SeqModel, inputs: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Log-probability of each generated sequence (B, T), its end included: (B,) fp32."""
+    config = model.network.generation_config
+    before = torch.cat([torch.full_like(ids[:, :1], config.decoder_start_token_id), ids[:, :-1]], dim=1)
+    everywhere = torch.arange(ids.numel(), device=ids.device)
+    logits = model(inputs["input_ids"], inputs["attention_mask"], before, everywhere).float()
+    each = functional.cross_entropy(logits, ids.reshape(-1), reduction="none").view_as(ids)
+    return -(each * (ids != config.pad_token_id)).sum(dim=1)

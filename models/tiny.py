@@ -1,0 +1,44 @@
+"""A small T5 from scratch, with a sentencepiece vocabulary of its own: for demonstrations and tests."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_tiny_t5(
+    folder: Path,
+    texts: Iterable[str],
+    *,
+    vocabulary: int = 400,
+    width: int = 128,
+    layers: int = 2,
+    seed: int = 0,
+) -> None:
+    """Train the vocabulary on `texts`, draw the weights, and write a folder that from_pretrained reads.
+
+    vocabulary: sentencepiece tokens at most; 100 sentinels are added, as T5's tokenizer has them.
+    """
+    import sentencepiece
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=trained, vocab_size=vocabulary, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(trained.getvalue())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}\n', encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=width // 4, d_ff=2 * width, num_heads=4,
+        num_layers=layers, num_decoder_layers=layers, decoder_start_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = T5ForConditionalGeneration(config)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

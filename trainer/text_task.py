@@ -1,0 +1,231 @@
+"""Task text: generative question answering with T5, UnifiedQA, BART and the like, on CausalQA or SQuAD."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor, nn
+
+from plainloop.data import causalqa, pairs, squad, store, tokenise
+from plainloop.data.causalqa import TextOptions, data_files, is_squad, read_text
+from plainloop.data.loader import Steps, TextCollate
+from plainloop.data.samplers import Sampler, subset
+from plainloop.data.store import Store
+from plainloop.data.types import Answer, Example, InputError, TextExample
+from plainloop.models.cpu import speed_up_dropout
+from plainloop.models.load import load_config, load_tokenizer
+from plainloop.models.seq2seq import (
+    OVERFLOWS_IN_FP16,
+    Seq2SeqModel,
+    load_seq2seq_model,
+    source_limit,
+    start_token,
+    token_loss_sum,
+)
+from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, TextConfig
+from plainloop.trainer.distributed import World
+from plainloop.trainer.evaluate import Interrupted
+from plainloop.trainer.generate import Setting, generate_texts, mean_loss, write_texts
+from plainloop.trainer.metrics import causalqa_scores, squad_scores
+
+MAX_NEW_TOKENS = {True: 32, False: 100}  # SQuAD's answers are short
+
+
+class TextTask:
+    """See tasks.Task."""
+
+    def __init__(self, model: ModelConfig, data: DataConfig, text: TextConfig, world: World) -> None:
+        self.model_config, self.data, self.text, self.world = model, data, text, world
+        self.options = TextOptions(**{f.name: getattr(text, f.name) for f in dataclasses.fields(TextOptions)})
+        self.tokenizer = load_tokenizer(model.path, fast=False)
+        self.config = load_config(model.path)
+        if not self.config.is_encoder_decoder:
+            raise InputError(
+                f"model.path {model.path}: a {self.config.model_type} is no encoder-decoder; task text wants"
+                " T5, BART or the like (an encoder goes with --task span)."
+            )
+        self.start_token = start_token(self.config, model.path)
+        limit = source_limit(self.config)
+        if text.max_source_length > limit:
+            raise InputError(
+                f"text.max_source_length {text.max_source_length}: {model.path} has {limit} positions."
+            )
+        self.dev_examples: list[
+            TextExample
+        ] = []  # rank 0: read once, so that the file may move while training
+        self.squad = False  # the dev data is SQuAD's, and scored as such
+
+    def loss_sum(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        return token_loss_sum(logits, labels, label_smoothing=self.text.label_smoothing)
+
+    def prepare(self, part: str, path: str | Sequence[str], *, limit: int | None = None) -> Store:
+        files = data_files(path, {"train": "train", "dev": "valid"}[part], self.options)
+        training = part == "train"
+        if not training:
+            self.squad = is_squad(files[0])
+        windows = self.text.stride if self.squad and not training else None
+        digest = store.digest(
+            *map(Path, files), self._tokenizer_files(), dataclasses.asdict(self.options),
+            [self.text.max_source_length, self.text.max_target_length, windows, limit, training],
+            *(Path(str(module.__file__)) for module in (causalqa, pairs, squad, tokenise, store)),
+        )  # fmt: skip
+        folder = store.cache_folder(self.data.cache_dir) / f"pairs-{digest}"
+        if not self.world.is_main:
+            return store.wait_for(folder)
+        if not training:
+            self.dev_examples = read_text(files, self.options)
+        return store.build(
+            folder,
+            lambda: self._make(
+                read_text(files, self.options, training=True) if training else self.dev_examples,
+                limit,
+                windows,
+            ),
+        )
+
+    def load_model(self, path: str, *, new_head: bool) -> Seq2SeqModel:
+        model = load_seq2seq_model(path, dropout=self.model_config.dropout)
+        if self.model_config.activation_checkpointing:
+            model.network.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.world.device.type == "cpu":
+            speed_up_dropout(model.network)
+        return model
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        cast(Any, model).network.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def steps(self, rows: Store, *, batch_size: int, seed: int, tokens: int) -> Steps:
+        """Every target token counts one."""
+        count = np.asarray(rows.arrays["target_length"]).astype(np.int64)
+        sampler = Sampler(np.stack([rows.lengths, count], axis=1), batch_size, seed, self.data.bucket)
+        collate, world = self.collate(rows), self.world
+        return Steps(sampler, collate, count, world_size=world.size, rank=world.rank, tokens=tokens)
+
+    def collate(self, rows: Store) -> TextCollate:
+        limit = source_limit(self.config)
+        return TextCollate(rows, self.tokenizer.pad_token_id, self.start_token, limit)
+
+    def report(self, part: str, rows: Store, precision: str) -> list[str]:
+        meta, source, target = rows.meta, rows.lengths, rows.arrays["target_length"]
+        lines = [
+            f"{meta['examples']} questions -> {len(rows)} rows of {source.min()} to {source.max()} tokens,"
+            f" median {int(np.median(source))}; targets of {target.min()} to {target.max()},"
+            f" median {int(np.median(target))}"
+        ]
+        if meta["contexts_cut"]:
+            what = "were cut" if len(rows) == meta["examples"] else "became several windows"
+            lines.append(
+                f"warning: {meta['contexts_cut']} contexts are longer than text.max_source_length and {what}"
+            )
+        if meta["targets_cut"]:
+            lines.append(
+                f"warning: {meta['targets_cut']} targets are longer than text.max_target_length and were cut"
+            )
+        if part == "train" and precision == "fp16" and self.config.model_type in OVERFLOWS_IN_FP16:
+            lines.append(
+                f"warning: a {self.config.model_type} overflows in fp16; such steps are skipped and counted."
+                " Use --precision bf16, or fp32"
+            )
+        return lines
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        rows: Store,
+        *,
+        name: str,
+        precision: str,
+        tokens: int,
+        config: EvaluationConfig,
+        folder: Path | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        training: bool = False,
+        bootstrap: bool = False,
+    ) -> dict[str, float] | None:
+        setting = Setting(self.world, precision, tokens, should_stop)
+        owner, network = np.asarray(rows.arrays["example"]), cast(Seq2SeqModel, model)
+        first = np.flatnonzero(
+            np.diff(owner, prepend=-1)
+        )  # of windows the first, as in training, has the loss
+        chosen = subset(len(first), self.text.generate if training else None)
+        length = self.text.max_new_tokens or MAX_NEW_TOKENS[self.squad]
+        try:
+            metrics = {"loss": mean_loss(network, rows, self.collate(rows), first, setting)}
+            texts = generate_texts(
+                network, rows, self.collate(rows), np.flatnonzero(np.isin(owner, chosen)), setting,
+                decode=self._decode, max_new_tokens=length, num_beams=self.text.num_beams,
+            )  # fmt: skip
+        except Interrupted:
+            return None
+        if texts is None:
+            return {}
+        if len(chosen):
+            examples = [self.dev_examples[i] for i in chosen]
+            predictions = [texts[int(i)] for i in chosen]
+            if self.squad:
+                predictions = self._null_to_empty(predictions)
+            metrics = score_texts(examples, predictions, squad=self.squad, bootstrap=bootstrap) | metrics
+            if folder is not None:
+                ids = [example.id for example in examples]
+                try:
+                    write_texts(
+                        folder, name=name, ids=ids, predictions=predictions, metrics=metrics, squad=self.squad
+                    )
+                except OSError as error:  # the figures are worth more than the files
+                    print(f"WARNING: {folder}: predictions not written: {error.strerror}", file=sys.stderr)
+        return metrics
+
+    def _decode(self, ids: np.ndarray) -> list[str]:
+        texts = self.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _null_to_empty(self, predictions: Sequence[str]) -> list[str]:
+        """The null target, also as the vocabulary gives it back (`<no answer>` -> `no answer>`), is ""."""
+        null = self.options.null_target
+        ids = self.tokenizer(text_target=[null])["input_ids"]
+        nulls = {null.strip(), *self._decode(np.array(ids))}
+        return ["" if text in nulls else text for text in predictions]
+
+    def _make(
+        self, examples: list[TextExample], limit: int | None, windows: int | None
+    ) -> tuple[tokenise.Arrays, dict[str, Any]]:
+        examples = [examples[i] for i in subset(len(examples), limit)]
+        arrays = pairs.pair_rows(
+            examples,
+            self.tokenizer,
+            max_source_length=self.text.max_source_length,
+            max_target_length=self.text.max_target_length,
+            stride=windows,
+            processes=self.data.processes or len(os.sched_getaffinity(0)),
+        )
+        meta = {
+            "examples": len(examples),
+            "contexts_cut": int(arrays.pop("cut").sum()),
+            "targets_cut": int(arrays.pop("target_cut").sum()),
+        }
+        return arrays, meta
+
+    def _tokenizer_files(self) -> dict[str, Any]:
+        """What decides about ids, JSON-able, without what a use of the tokenizer leaves in it."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return {"class": type(self.tokenizer).__name__, "vocabulary": self.tokenizer.get_vocab()}
+        return {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+
+
+def score_texts(
+    examples: Sequence[TextExample], predictions: Sequence[str], *, squad: bool, bootstrap: bool = False
+) -> dict[str, float]:
+    """SQuAD's official figures (percent), or CausalQA's (fractions)."""
+    if not squad:
+        return causalqa_scores(predictions, [e.references for e in examples], bootstrap=bootstrap)
+    golds = [Example(e.id, "", "", tuple(Answer(text, 0) for text in e.references)) for e in examples]
+    return squad_scores(golds, {e.id: text for e, text in zip(examples, predictions, strict=True)})
