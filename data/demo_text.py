@@ -21,8 +21,8 @@ EVENTS = (
     "became famous", "was painted",
 )  # fmt: skip
 THINGS = (
-    "ice fog fire floods thieves storms noise rust smoke debts rats drought strikes rumours frost mud lightning"
-    " taxes termites pirates"
+    "ice fog fire floods thieves storms noise rust smoke debts rats drought strikes rumours frost mud"
+    " lightning taxes termites pirates"
 ).split()
 CAUSES = (
     "the {subject} {event} because of {thing} .",
@@ -38,11 +38,13 @@ ASKED = ("why is it that the {subject} {event} ?", "what caused that the {subjec
 COLUMNS = "id question question_processed context context_processed answer answer_processed".split()
 
 
-def write_text_demo(folder: Path, *, rows: int = 10_000, seed: int = 7) -> tuple[Path, Path]:
-    """Write demo_train_original_split.csv and ..._valid_... (500 rows); returns both paths."""
+def write_text_demo(
+    folder: Path, *, rows: int = 10_000, dev_rows: int = 500, seed: int = 7
+) -> tuple[Path, Path]:
+    """Write demo_train_original_split.csv and demo_valid_original_split.csv; returns both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for part, count in (("train", rows), ("valid", 500)):
+    for part, count in (("train", rows), ("valid", dev_rows)):
         path = folder / f"demo_{part}_original_split.csv"
         with open(path, "w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)

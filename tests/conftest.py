@@ -75,6 +75,47 @@ def options(tiny_model: Path, squad_file: Path, tmp_path: Path) -> dict[str, Any
     }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """120 and 40 rows in CausalQA's form; targets of very unequal length."""
+    import csv
+
+    from plainloop.data.demo_text import write_text_demo
+
+    paths = write_text_demo(tmp_path_factory.mktemp("causalqa"), rows=120, dev_rows=40)
+    for path in paths:
+        with open(path, newline="") as stream:
+            header, *rows = csv.reader(stream)
+        for number, row in enumerate(rows):
+            row[5] = row[6] = " ".join([row[5]] * (20 if number % 5 == 0 else 1))
+        with open(path, "w", newline="") as stream:
+            csv.writer(stream).writerows([header, *rows])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory, text_files: tuple[Path, Path]) -> Path:
+    """A T5 of 2 + 2 layers with random weights: 60,000 parameters."""
+    from plainloop.data.causalqa import TextOptions, read_text
+    from plainloop.models.tiny import write_tiny_t5
+
+    folder = tmp_path_factory.mktemp("tiny-t5")
+    rows = read_text([str(text_files[0])], TextOptions())
+    write_tiny_t5(folder, [row.question + row.context for row in rows], width=32)
+    return folder
+
+
+@pytest.fixture
+def text_options(tiny_t5: Path, text_files: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
+    """A text run: 2 epochs of 15 steps; dotted names, to be changed by a test."""
+    return {
+        "task": "text", "run_dir": str(tmp_path / "run"), "batch_size": 8, "epochs": 2,
+        "tokens_per_device": 200, "model.path": str(tiny_t5), "data.train": str(text_files[0]), "data.bucket": 3, "precision": "fp32",
+        "data.cache_dir": str(tmp_path / "cache"), "optim.lr": 1e-2, "text.max_new_tokens": 8,
+        "log.every_steps": 1, "log.tensorboard": "false", "checkpoint.every_steps": 0,
+    }  # fmt: skip
+
+
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -105,8 +146,12 @@ def launch(tmp_path: Path) -> Launch:
 
 
 @pytest.fixture
-def train(options: dict[str, Any]) -> Callable[..., Any]:
-    """plainloop train in this process: train(**{"seed": 1}) changes `options`; returns the Verdict."""
+def train(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """plainloop train in this process: train(**{"seed": 1}) changes `options` (or `text_options`, when
+    the test has those); returns the Verdict.
+    """
+    text = "text_options" in request.fixturenames
+    options = request.getfixturevalue("text_options" if text else "options")
 
     def run(**changes: Any) -> Any:
         from plainloop.trainer.config import TrainConfig

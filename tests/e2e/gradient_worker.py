@@ -1,5 +1,5 @@
-"""Run by test_gradients.py: one optimizer step, gradients saved by rank 0. usage: OUT BATCH_SIZE TOKENS MODEL
-DATA CACHE
+"""Run by test_gradients.py: one optimizer step, gradients saved by rank 0. usage: OUT BATCH_SIZE TOKENS
+TASK MODEL DATA CACHE
 """
 
 import sys
@@ -16,12 +16,11 @@ from plainloop.trainer.run import wrap
 from plainloop.trainer.state import TrainState
 from plainloop.trainer.tasks import make_task
 
-out, batch_size, tokens, model_path, data_path, cache = sys.argv[1:]
+out, batch_size, tokens, kind, model_path, data_path, cache = sys.argv[1:]
 world = world_from_env("cpu")
 data = DataConfig(max_length=96, stride=24, cache_dir=cache, bucket=0)
-task = make_task(
-    "span", ModelConfig(path=model_path, dropout=0.0, attention_dropout=0.0), data, TextConfig(), world
-)
+dropout = {"dropout": 0.0, "attention_dropout": 0.0} if kind == "span" else {"dropout": 0.0}
+task = make_task(kind, ModelConfig(path=model_path, **dropout), data, TextConfig(), world)
 windows = task.prepare("train", data_path)
 with process_group(world, timeout_s=60):
     torch.manual_seed(0)
@@ -46,4 +45,6 @@ with process_group(world, timeout_s=60):
         print(f"micro_batches={len(batch.micro_batches)}")
         save_file(gradients, out)
     if world.size > batch.examples and world.rank == world.size - 1:
-        assert (batch.micro_batches[0].labels["start"] == -100).all(), "this rank's share should be empty"
+        assert all((label == -100).all() for label in batch.micro_batches[0].labels.values()), (
+            "this rank's share should be empty"
+        )
