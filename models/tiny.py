@@ -39,8 +39,9 @@ def write_tiny_t5(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=width // 4, d_ff=2 * width, num_heads=4,
-        num_layers=layers, num_decoder_layers=layers, decoder_start_token_id=0,
+        num_layers=layers, num_decoder_layers=layers,
     )  # fmt: skip
+    config.decoder_start_token_id = 0  # <pad>, as T5 has it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = T5ForConditionalGeneration(config)

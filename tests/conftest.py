@@ -110,7 +110,8 @@ def text_options(tiny_t5: Path, text_files: tuple[Path, Path], tmp_path: Path) -
     """A text run: 2 epochs of 15 steps; dotted names, to be changed by a test."""
     return {
         "task": "text", "run_dir": str(tmp_path / "run"), "batch_size": 8, "epochs": 2,
-        "tokens_per_device": 200, "model.path": str(tiny_t5), "data.train": str(text_files[0]), "data.bucket": 3, "precision": "fp32",
+        "tokens_per_device": 200, "model.path": str(tiny_t5), "data.train": str(text_files[0]),
+        "data.bucket": 3, "precision": "fp32",
         "data.cache_dir": str(tmp_path / "cache"), "optim.lr": 1e-2, "text.max_new_tokens": 8,
         "log.every_steps": 1, "log.tensorboard": "false", "checkpoint.every_steps": 0,
     }  # fmt: skip

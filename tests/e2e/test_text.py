@@ -158,7 +158,8 @@ def test_real_vocabulary_real_data(
     dev = causalqa / "squad2_valid_original_split.csv"
     changes = text_options | {
         "model.path": folder, "data.train": json.dumps(train), "data.dev": dev, "max_steps": 24,
-        "optim.lr": 3e-4, "batch_size": 16, "tokens_per_device": 4096, "model.dropout": 0.0, "evaluation.every_steps": 0,
+        "optim.lr": 3e-4, "batch_size": 16, "tokens_per_device": 4096, "model.dropout": 0.0,
+        "evaluation.every_steps": 0,
     }  # fmt: skip
     launch(0, "train", changes)
     launch(2, "train", changes | {"run_dir": tmp_path / "two"})

@@ -1,0 +1,358 @@
+"""Task text against transformers' Seq2SeqTrainer: python tests/bench/text.py [speed|norms|curve|generate ...]
+
+Needs PLAINLOOP_REAL_DATA. A T5 of 3 + 3 layers (d_model 256) with random weights and the real vocabulary.
+
+speed     non-padding tokens/s, bf16, batch 16, 2 threads, each in a process of its own, in turns:
+          (a) Seq2SeqTrainer with padding to max_length 512; (b) at its best: dynamic padding, grouped by
+          length, fused AdamW; (b+) the same with our CPU dropout; ours. SQuAD 2.0 as text, 4,000 questions.
+norms     gradient norm of 16 rows with very unequal targets, for 1, 2 and 4 micro-batches.
+curve     50 steps of ours and of a Seq2SeqTrainer whose loss is corrected, same batches, dropout off, fp32.
+generate  252 questions of CausalQA: the usual loop (padded to 1024, unsorted, batches of 8) and ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH, WARMUP, LR = 16, 4, 1e-4
+STEPS = {"a": 5, "b": 50, "b+": 50, "ours": 32}
+
+
+def data(name: str) -> str:
+    return str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / name)
+
+
+def write_model(folder: str) -> None:
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32128, d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=3)
+    config.decoder_start_token_id = 0
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data("tokenizers/t5")).save_pretrained(folder)
+
+
+def setup(
+    folder: str, path: str, *, limit: int | None = None, source: int = 512, dropout: float | None = None
+) -> Any:
+    """(task, rows) of ours."""
+    import torch
+
+    from plainloop.trainer.config import DataConfig, ModelConfig, TextConfig
+    from plainloop.trainer.distributed import world_from_env
+    from plainloop.trainer.tasks import make_task
+
+    torch.set_num_threads(2)
+    task: Any = make_task(
+        "text", ModelConfig(path=folder, dropout=dropout), DataConfig(cache_dir=f"{folder}/cache"),
+        TextConfig(max_source_length=source, null_target="unanswerable"), world_from_env("cpu"),
+    )  # fmt: skip
+    return task, task.prepare("train", path, limit=limit)
+
+
+def as_features(rows: Any, order: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "input_ids": rows.row("input_ids", i).tolist(), "attention_mask": [1] * int(rows.lengths[i]),
+            "labels": rows.target(i).tolist(), "length": int(rows.lengths[i]),
+        }
+        for i in order
+    ]  # fmt: skip
+
+
+def trainer_for(
+    model: Any, folder: str, features: list[Any], collate: Any, *, correct: bool = False, **options: Any
+) -> Any:
+    """A Seq2SeqTrainer; correct: the loss is a sum, divided by the target tokens of the whole step."""
+    import torch
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    losses: list[float] = []
+
+    def summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        total = torch.nn.functional.cross_entropy(
+            outputs.logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        losses.append(float(total.detach()) / int(num_items_in_batch))
+        return total / num_items_in_batch
+
+    arguments = Seq2SeqTrainingArguments(
+        f"{folder}/hf", learning_rate=LR, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, dataloader_drop_last=True, **options,
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(
+        model,
+        arguments,
+        data_collator=collate,
+        train_dataset=features,
+        compute_loss_func=summed if correct else None,
+    )
+    if "max_grad_norm" in options:  # comparisons of numbers keep the order
+        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(features)
+    trainer.bench_losses = losses
+    return trainer
+
+
+def padder(task: Any, *, width: int | None = None, decoder: bool = False, counts: Any = None) -> Any:
+    """A collator as transformers has it: padded to the longest, or to the given width, targets to 100."""
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        def block(key: str, fill: int, size: int | None) -> Any:
+            size = size or -(-max(len(f[key]) for f in features) // 8) * 8
+            return torch.tensor([f[key] + [fill] * (size - len(f[key])) for f in features])
+
+        batch = {
+            "input_ids": block("input_ids", 0, width), "attention_mask": block("attention_mask", 0, width),
+            "labels": block("labels", -100, 100 if width else None),
+        }  # fmt: skip
+        if decoder:
+            shifted = batch["labels"].roll(1, dims=1)
+            shifted[:, 0] = task.start_token
+            batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, 0)
+        if counts is not None:
+            counts["tokens"] += int(batch["attention_mask"].sum()) + int((batch["labels"] != -100).sum())
+        return batch
+
+    return collate
+
+
+def speed_child(name: str, folder: str) -> None:
+    """Prints tokens/s and the peak memory as JSON."""
+    import resource
+
+    task, rows = setup(folder, data("squad2/train-v2.0.subset.json"), limit=4000)
+    steps = STEPS[name]
+    if name == "ours":
+        tokens, seconds = run_ours(task, rows, folder, steps)
+    else:
+        from transformers import AutoModelForSeq2SeqLM, TrainerCallback
+
+        from plainloop.models.cpu import speed_up_dropout
+
+        counts: dict[str, float] = {"tokens": 0, "start": 0.0, "seconds": 0.0}
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == WARMUP:
+                    counts.update(tokens=0, start=time.perf_counter())
+                counts["seconds"] = time.perf_counter() - counts["start"]
+
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+        if name == "b+":
+            speed_up_dropout(model)
+        trainer = trainer_for(
+            model, folder, as_features(rows, range(len(rows))),
+            padder(task, width=512 if name == "a" else None, counts=counts), bf16=True,
+            per_device_train_batch_size=BATCH, max_steps=WARMUP + steps, optim="adamw_torch_fused",
+            train_sampling_strategy="random" if name == "a" else "group_by_length", logging_steps=50,
+        )  # fmt: skip
+        trainer.add_callback(Clock())
+        trainer.train()
+        tokens, seconds = counts["tokens"], counts["seconds"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps({"name": name, "tokens_per_s": tokens / seconds, "peak_gb": peak}), flush=True)
+
+
+def run_ours(task: Any, rows: Any, folder: str, steps: int) -> tuple[float, float]:
+    """The real loop with its loader and log: non-padding tokens, seconds."""
+    from plainloop.data.loader import step_batches
+    from plainloop.trainer.hooks import LogLine, Stopwatch
+    from plainloop.trainer.log import Log
+    from plainloop.trainer.loop import Progress, fit
+
+    state, options, source = our_state(task, rows, folder, precision="bf16")
+    log = Log(Path(folder), enabled=True, tensorboard=False)
+    log.start(0, WARMUP + steps)
+    line = LogLine(log, 10, Stopwatch(), options.lr)
+
+    def run(first: int, last: int) -> None:
+        loader = step_batches(source, start=first, total=last, workers=0, pin=False)
+        fit(Progress(state, last, source.sampler.steps_per_epoch), loader, [line], options)
+
+    run(0, WARMUP)
+    started = time.perf_counter()
+    run(WARMUP, WARMUP + steps)
+    seconds = time.perf_counter() - started
+    return sum(source[i].tokens for i in range(WARMUP, WARMUP + steps)), seconds
+
+
+def our_state(
+    task: Any, rows: Any, folder: str, *, precision: str, tokens: int = 4096, bucket: int | None = None
+) -> Any:
+    from plainloop.trainer.config import OptimConfig
+    from plainloop.trainer.loop import StepOptions
+    from plainloop.trainer.optim import make_optimizer
+    from plainloop.trainer.precision import make_scaler
+    from plainloop.trainer.state import TrainState
+
+    model = task.load_model(folder, new_head=True).train()
+    optimizer = make_optimizer(model, OptimConfig(lr=LR, weight_decay=0.0))
+    world = task.world
+    state = TrainState(model, model, optimizer, make_scaler(precision, world.device), world.device)
+    options = StepOptions(task.loss_sum, lambda _: LR, world, 1, precision, 1.0)
+    return state, options, task.steps(rows, batch_size=BATCH, seed=1, tokens=tokens)
+
+
+def speed(folder: str, rounds: int = 3) -> None:
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in STEPS}
+    for number in range(rounds):
+        for name in STEPS if number % 2 == 0 else reversed(STEPS):
+            environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+            line = [sys.executable, __file__, "--child", name, folder]
+            done = subprocess.run(line, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+            results[name].append(
+                json.loads([t for t in done.stdout.splitlines() if t.startswith('{"name')][-1])
+            )
+            print(
+                "round {}: {name} {tokens_per_s:.0f} tok/s, {peak_gb:.2f} GB".format(
+                    number + 1, **results[name][-1]
+                ),
+                flush=True,
+            )
+    for name, target in (("a", "4"), ("b", "1.3"), ("b+", "none")):
+        ratios = [
+            o["tokens_per_s"] / r["tokens_per_s"] for o, r in zip(results["ours"], results[name], strict=True)
+        ]
+        print(f"ours / {name} = {statistics.median(ratios):.2f} (median of rounds; target {target})")
+
+
+def norms(folder: str) -> None:
+    """One step on the same 16 rows. The trainer's norm should not depend on the accumulation either."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    from plainloop.trainer.loop import train_step
+
+    task, rows = setup(folder, data("causalqa/squad2_valid_original_split.csv"), dropout=0.0)
+    target = np.asarray(rows.arrays["target_length"])
+    order = np.argsort(-target, kind="stable")
+    chosen = np.concatenate([order[:4], order[-12:]])  # four long targets, then twelve short ones
+    print(f"target lengths: {target[chosen].tolist()}")
+    features = as_features(rows, chosen)
+    for correct in (False, True):
+        for steps in (1, 2, 4):
+            model = AutoModelForSeq2SeqLM.from_pretrained(folder, dropout_rate=0.0)
+            trainer = trainer_for(
+                model, folder, features, padder(task, decoder=correct), correct=correct, max_steps=1,
+                logging_steps=1,
+                per_device_train_batch_size=16 // steps, gradient_accumulation_steps=steps, max_grad_norm=1e9,
+            )  # fmt: skip
+            trainer.train()
+            name = "Seq2SeqTrainer, loss corrected" if correct else "Seq2SeqTrainer as it is"
+            norm = trainer.state.log_history[0]["grad_norm"]
+            print(
+                f"{name}, accumulation {steps}: gradient norm {norm:.6f}",
+                flush=True,
+            )
+    for micro_batches in (1, 2, 4):
+        state, options, source = our_state(task, rows, folder, precision="fp32")
+        batch = source[0]._replace(
+            micro_batches=[source.collate(part) for part in np.split(chosen, micro_batches)],
+            divisor=int(target[chosen].sum()),
+        )
+        train_step(state, batch, options)
+        print(f"plainloop, {micro_batches} micro-batches: gradient norm {state.grad_norm.item():.6f}")
+    assert torch.isfinite(state.grad_norm)
+
+
+def curve(folder: str, steps: int = 50) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    from plainloop.trainer.loop import train_step
+
+    task, rows = setup(folder, data("squad2/train-v2.0.subset.json"), limit=BATCH * steps, dropout=0.0)
+    state, options, source = our_state(task, rows, folder, precision="fp32")
+    ours = []
+    for step in range(steps):
+        state.loss_sum.zero_()
+        batch = source[step]
+        train_step(state, batch, options)
+        ours.append(state.loss_sum.item() / batch.divisor)
+    order = np.concatenate([source.sampler.batch(step) for step in range(steps)])
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dropout_rate=0.0)
+    trainer = trainer_for(
+        model, folder, as_features(rows, order), padder(task, decoder=True), correct=True, max_steps=steps,
+        per_device_train_batch_size=BATCH, lr_scheduler_type="constant", optim="adamw_torch_fused",
+        max_grad_norm=1.0,
+        logging_steps=50,
+    )  # fmt: skip
+    trainer.train()
+    theirs = trainer.bench_losses
+    worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    print(f"loss of step 1, 25, 50: ours {ours[0]:.4f} {ours[24]:.4f} {ours[-1]:.4f}, theirs {theirs[0]:.4f}"
+          f" {theirs[24]:.4f} {theirs[-1]:.4f}; largest relative difference {worst:.1e}")  # fmt: skip
+
+
+def generation(folder: str, rounds: int = 3) -> None:
+    import torch
+
+    from plainloop.trainer.generate import Setting, generate_texts
+
+    task, _ = setup(folder, data("causalqa/squad2_valid_original_split.csv"), source=1024)
+    rows = task.prepare("dev", data("causalqa/squad2_valid_original_split.csv"))
+    model = task.load_model(folder, new_head=False).eval()
+    setting = Setting(task.world, "fp32", 8192, lambda: False)
+    seconds: dict[str, list[float]] = {"usual": [], "ours": []}
+    for _ in range(rounds):
+        started = time.perf_counter()
+        texts = generate_texts(
+            model,
+            rows,
+            task.collate(rows),
+            np.arange(len(rows)),
+            setting,
+            decode=task._decode,
+            max_new_tokens=20,
+            num_beams=1,
+        )
+        seconds["ours"].append(time.perf_counter() - started)
+        assert texts is not None
+        started = time.perf_counter()
+        usual: list[str] = []
+        collate = padder(task, width=1024)
+        features = as_features(rows, range(len(rows)))
+        with torch.inference_mode():
+            for i in range(0, len(features), 8):
+                batch = collate([{**f, "labels": f["labels"][:100]} for f in features[i : i + 8]])
+                ids = model.network.generate(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=20
+                )
+                usual += [t.strip() for t in task.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        seconds["usual"].append(time.perf_counter() - started)
+        same = sum(texts[i] == text for i, text in enumerate(usual))
+        print(
+            f"usual {seconds['usual'][-1]:.1f} s, ours {seconds['ours'][-1]:.1f} s; {same} of {len(usual)}"
+            " texts are the same",
+            flush=True,
+        )
+    ratio = statistics.median(u / o for u, o in zip(seconds["usual"], seconds["ours"], strict=True))
+    print(f"usual / ours = {ratio:.2f} (median of rounds; target 3)")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        speed_child(*sys.argv[2:])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(folder)
+        for name in sys.argv[1:] or ["norms", "curve", "generate", "speed"]:
+            {"speed": speed, "norms": norms, "curve": curve, "generate": generation}[name](folder)
+
+
+if __name__ == "__main__":
+    main()
