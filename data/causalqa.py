@@ -44,7 +44,8 @@ class TextOptions:
 
 def is_squad(path: str) -> bool:
     """A .json file or a folder saved by datasets; otherwise it is CausalQA."""
-    return path.endswith(".json") or (Path(path) / "state.json").exists()
+    saved = (Path(path) / name for name in ("state.json", "dataset_dict.json"))
+    return path.endswith(".json") or any(file.exists() for file in saved)
 
 
 def data_files(path: str | Sequence[str], part: str, options: TextOptions) -> list[str]:
@@ -91,7 +92,7 @@ def read_text(files: Sequence[str], options: TextOptions, *, training: bool = Fa
 
 def read_causalqa(path: str, options: TextOptions) -> list[TextExample]:
     """A CSV or JSONL file of CausalQA, in file order."""
-    rows = _json_lines(Path(path)) if path.endswith((".jsonl", ".json")) else _csv_rows(Path(path))
+    rows = _json_lines(Path(path)) if path.endswith(".jsonl") else _csv_rows(Path(path))
     examples, faults = [], []
     for line, row in rows:
         fault = _fault(row)

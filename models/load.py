@@ -77,6 +77,13 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
     return network
 
 
+def checkpoint_activations(network: Any) -> None:
+    """Recompute activations in backward. transformers 5.2x gave the method a new name."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(network, name, None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def is_local(path: str) -> bool:
     """Is it a folder, or in the hub's cache? Then nothing asks the network, and runs agree.
 

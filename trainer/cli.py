@@ -13,8 +13,8 @@ usage: plainloop COMMAND [--config FILE] [--option value ...]
 Fine-tune question-answering models with a training loop you can read in one sitting.
 
   train      train, or continue the run in --run_dir   (plainloop train --config squad.yaml --optim.lr 3e-5)
-  evaluate   official SQuAD figures of a checkpoint or of a predictions file
-  demo       train and evaluate on a small built-in corpus, with two processes
+  evaluate   figures of a checkpoint or of a predictions file: SQuAD's official ones, CausalQA's
+  demo       train and evaluate on a small built-in corpus, with two processes (--task text: a small T5)
 
 Several processes: torchrun --nproc-per-node 4 -m plainloop.trainer train ...
 All options of a command: plainloop COMMAND --help

@@ -70,8 +70,9 @@ def train(config: TrainConfig) -> Verdict:
             log.say(f"continuing from {found.path} at step {state.step} of {total_steps}")
         log.say(f"train: {steps.describe()}")
         for part, path, data in (("train", config.data.train, rows), ("dev", config.data.dev, dev_rows)):
+            name = path if isinstance(path, str) else ", ".join(path or [])
             for line in task.report(part, data, config.precision) if data else []:
-                log.say(f"{part}: {path}: {line}")
+                log.say(f"{part}: {name}: {line}")
         log.say(layout(model, world, config, tokens, total_steps))
 
         # What happens between steps, in this order. A hook of your own goes into this list.

@@ -98,6 +98,7 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
         cache_dir=config.cache_dir,
     )
     text = merged(trained.get("text", {}), config.text)
+    check_options(kind, config)
     if config.out_dir and world.is_main:
         try:  # found now, not after the evaluation
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
@@ -147,6 +148,16 @@ def trained_with(path: str) -> dict[str, Any]:
         return dict(state["config"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def check_options(kind: str, config: ScoreConfig) -> None:
+    """Raises InputError for options that this kind of model would ignore in silence."""
+    default = ScoreConfig()
+    span_only = ("max_length", "stride", "max_answer_length", "null_threshold", "num_best")
+    names = span_only if kind == "text" else ("text", "rouge_bootstrap")
+    given = [f"--{name}" for name in names if getattr(config, name) != getattr(default, name)]
+    if given:
+        raise InputError(f"{', '.join(given)}: without effect on a {kind} model; leave it out.")
 
 
 def merged(trained: dict[str, Any], given: TextConfig) -> TextConfig:

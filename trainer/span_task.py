@@ -19,7 +19,7 @@ from plainloop.data.squad import read_squad
 from plainloop.data.store import Store
 from plainloop.data.types import Example, InputError
 from plainloop.models.cpu import speed_up_dropout
-from plainloop.models.load import load_tokenizer
+from plainloop.models.load import checkpoint_activations, load_tokenizer
 from plainloop.models.spans import SpanModel, load_span_model, position_limit, span_loss_sum
 from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, TextConfig
 from plainloop.trainer.distributed import World
@@ -65,11 +65,7 @@ class SpanTask:
         if self.data.max_length > limit:
             raise InputError(f"data.max_length {self.data.max_length}: {path} has {limit} positions.")
         if config.activation_checkpointing:
-            network = model.network  # transformers 5.2x gave the method a new name
-            enable = getattr(
-                network, "activation_checkpointing_enable", network.gradient_checkpointing_enable
-            )
-            enable({"use_reentrant": False})
+            checkpoint_activations(model.network)
         if self.world.device.type == "cpu":
             speed_up_dropout(model.network)
         return model

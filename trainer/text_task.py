@@ -20,7 +20,7 @@ from plainloop.data.samplers import Sampler, subset
 from plainloop.data.store import Store
 from plainloop.data.types import Answer, Example, InputError, TextExample
 from plainloop.models.cpu import speed_up_dropout
-from plainloop.models.load import load_config, load_tokenizer
+from plainloop.models.load import checkpoint_activations, load_config, load_tokenizer
 from plainloop.models.seq2seq import (
     OVERFLOWS_IN_FP16,
     Seq2SeqModel,
@@ -93,7 +93,7 @@ class TextTask:
     def load_model(self, path: str, *, new_head: bool) -> Seq2SeqModel:
         model = load_seq2seq_model(path, dropout=self.model_config.dropout)
         if self.model_config.activation_checkpointing:
-            model.network.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.network)
         if self.world.device.type == "cpu":
             speed_up_dropout(model.network)
         return model

@@ -113,6 +113,11 @@ def test_squad_as_text_with_windows(
     assert len(predictions) == 120
 
 
+def test_fp16_is_warned_of_and_activations_are_recomputed(text_options: Any, train: Any, capsys: Any) -> None:
+    train(max_steps=1, precision="fp16", **{"model.activation_checkpointing": "true"})
+    assert "a t5 overflows in fp16" in capsys.readouterr().err
+
+
 def test_options_of_the_other_task_are_refused(text_options: Any, launch: Any) -> None:
     for changes, message in (
         ({"data.stride": 3}, "data.stride has no effect with task text"),

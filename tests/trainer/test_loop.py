@@ -250,7 +250,8 @@ def test_the_step_never_waits_for_the_gpu_and_resume_is_exact(
     assert_same_bits(tensors(tmp_path / "stopped", 8), tensors(options["run_dir"], 8))
 
 
-def test_the_hot_path_never_asks_the_device_for_a_number(tiny_model: Path) -> None:
+@pytest.mark.parametrize("task", ["span", "text"])
+def test_the_hot_path_never_asks_the_device_for_a_number(task: str, tiny_model: Path, tiny_t5: Path) -> None:
     """Every read of a tensor's value (item, bool, a data-dependent shape) shows as one of these operators."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -262,14 +263,21 @@ def test_the_hot_path_never_asks_the_device_for_a_number(tiny_model: Path) -> No
                 self.reads.append(str(func))
             return func(*args, **(kwargs or {}))
 
+    from plainloop.models.seq2seq import load_seq2seq_model, token_loss_sum
     from plainloop.models.spans import load_span_model, span_loss_sum
 
-    model = load_span_model(str(tiny_model), new_head=True).train()
-    state = TrainState(model, model, make_optimizer(model, OptimConfig()), make_scaler("bf16", CPU), CPU)
-    options = StepOptions(span_loss_sum, lambda _: 1e-3, World(0, 1, 0, CPU), 1, "bf16", 1.0)
     inputs = {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
     inputs["attention_mask"][1, 9:] = 0
-    labels = {name: torch.tensor([1, 2]) for name in ("start", "end")}
+    model: torch.nn.Module
+    if task == "span":
+        model, loss_sum = load_span_model(str(tiny_model), new_head=True).train(), span_loss_sum
+        labels = {name: torch.tensor([1, 2]) for name in ("start", "end")}
+    else:
+        model, loss_sum = load_seq2seq_model(str(tiny_t5)).train(), token_loss_sum
+        inputs |= {"decoder_input_ids": torch.tensor([[0, 5, 6], [0, 7, 0]]), "scored": torch.arange(5)}
+        labels = {"target": torch.tensor([5, 6, 1, 7, 1])}
+    state = TrainState(model, model, make_optimizer(model, OptimConfig()), make_scaler("bf16", CPU), CPU)
+    options = StepOptions(loss_sum, lambda _: 1e-3, World(0, 1, 0, CPU), 1, "bf16", 1.0)
     step = StepBatch([MicroBatch(inputs, labels)] * 2, divisor=4, examples=4, tokens=50, padded_tokens=64)
     with Watch() as watch:
         train_step(state, step, options)
