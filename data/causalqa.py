@@ -9,6 +9,7 @@ means that there is no context.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ def data_files(path: str | Sequence[str], part: str, options: TextOptions) -> li
             if not options.dataset:
                 found = sorted({f.name.split(f"_{part}_")[0] for f in folder.glob(f"*_{part}_*_split.csv")})
                 there = f"it has {', '.join(found)}" if found else f"it has no *_{part}_*_split.csv"
-                raise InputError(f"{name}: say which data set of this folder with data.dataset; {there}.")
+                raise InputError(f"{name}: say which data set of this folder with text.dataset; {there}.")
             name = str(folder / f"{options.dataset}_{part}_{options.split}_split.csv")
         if not Path(name).exists():
             raise InputError(f"{name}: no such file. Give CausalQA CSV or JSONL, SQuAD JSON, or a folder.")
@@ -72,22 +73,26 @@ def data_files(path: str | Sequence[str], part: str, options: TextOptions) -> li
     return files
 
 
-def read_text(files: Sequence[str], options: TextOptions, *, training: bool = False) -> list[TextExample]:
-    """All rows of the files, in order. With `training`, target "each" makes a row of each distinct reference.
+def read_text(files: Sequence[str], options: TextOptions) -> list[TextExample]:
+    """All examples of the files, in order.
 
     Raises InputError that lists the first bad rows with their line numbers.
     """
     examples: list[TextExample] = []
     for name in files:
-        read = squad_as_text if is_squad(name) else read_causalqa
-        examples += read(name, options)
-    if training and options.target == "each":
-        examples = [
-            TextExample(e.id, e.question, e.context, e.references, reference)
-            for e in examples
-            for reference in dict.fromkeys(e.references or (e.target,))
-        ]
+        examples += (squad_as_text if is_squad(name) else read_causalqa)(name, options)
+    if is_squad(files[0]):
+        ((most, count),) = Counter(e.id for e in examples).most_common(1)
+        if count > 1:
+            raise InputError(
+                f"{', '.join(files)}: id {most!r} occurs {count} times; give each question once."
+            )
     return examples
+
+
+def row_of_each_target(examples: Sequence[TextExample]) -> list[TextExample]:
+    """For training: an example with several targets becomes several."""
+    return [dataclasses.replace(e, targets=(target,)) for e in examples for target in e.targets]
 
 
 def read_causalqa(path: str, options: TextOptions) -> list[TextExample]:
@@ -95,15 +100,15 @@ def read_causalqa(path: str, options: TextOptions) -> list[TextExample]:
     rows = _json_lines(Path(path)) if path.endswith(".jsonl") else _csv_rows(Path(path))
     examples, faults = [], []
     for line, row in rows:
-        fault = _fault(row)
+        fault = _fault(row, options.target_column)
         if fault:
             faults.append(f"line {line}: {fault}")
             continue
-        context = row["context_processed"] or ""
-        references, targets = (_references(row[column]) for column in ("answer", options.target_column))
-        target = Counter(targets).most_common(1)[0][0] if options.target == "most_frequent" else targets[0]
+        context = row.get("context_processed") or ""
+        references = _references(row["answer"])
+        targets = _chosen(_references(row[options.target_column]), options.target)
         question = row["question_processed"] + (SEPARATOR if context else "")
-        examples.append(TextExample(str(row.get("id", line)), question, context, references, target))
+        examples.append(TextExample(str(row.get("id", line)), question, context, references, targets))
     if faults:
         shown = "\n  ".join(faults[:MAX_FAULTS_SHOWN])
         raise InputError(f"{path}: {len(faults)} bad row(s); correct or remove them:\n  {shown}")
@@ -122,11 +127,16 @@ def squad_as_text(path: str, options: TextOptions) -> list[TextExample]:
         else:
             question = f"question: {question} context: "
         texts = tuple(answer.text for answer in e.answers)
-        target = options.null_target
-        if texts:
-            target = Counter(texts).most_common(1)[0][0] if options.target == "most_frequent" else texts[0]
-        examples.append(TextExample(e.id, question, context, texts, target))
+        targets = _chosen(texts, options.target) if texts else (options.null_target,)
+        examples.append(TextExample(e.id, question, context, texts, targets))
     return examples
+
+
+def _chosen(texts: tuple[str, ...], target: str) -> tuple[str, ...]:
+    """What is learned of several references; of equally frequent ones the first."""
+    if target == "each":
+        return tuple(dict.fromkeys(texts))
+    return (Counter(texts).most_common(1)[0][0] if target == "most_frequent" else texts[0],)
 
 
 def _references(cell: str) -> tuple[str, ...]:
@@ -173,8 +183,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise InputError(f"{path}: line {number}: not valid JSON ({error.msg}).") from None
 
 
-def _fault(row: Any) -> str | None:
-    """What is wrong with a row, or None. Only a context may be empty."""
+def _fault(row: Any, target_column: str) -> str | None:
+    """What is wrong with a row, or None. Only a context may be empty, and the answer that is not learned."""
     if not isinstance(row, dict) or None in row:
         return "not an object" if not isinstance(row, dict) else "more cells than the header has columns"
     for name in COLUMNS:
@@ -183,6 +193,6 @@ def _fault(row: Any) -> str | None:
             continue
         if not isinstance(value, str):
             return f"'{name}' is missing or not text"
-        if name != "context_processed" and not value.strip():
+        if name in ("question_processed", "answer", target_column) and not value.strip():
             return f"'{name}' is empty"
     return None

@@ -61,7 +61,9 @@ class TextCollate:
         inputs = _padded_inputs(self.store, rows, self.pad_token_id, self.max_length)
         targets = [self.store.target(row) for row in rows]
         lengths = np.array([len(ids) for ids in targets])
-        decoder = np.full((len(rows), padded(int(lengths.max()))), self.pad_token_id, dtype=np.int64)
+        decoder = np.full(
+            (len(rows), padded(int(lengths.max()), self.max_length)), self.pad_token_id, dtype=np.int64
+        )
         decoder[:, 0] = self.start_token_id
         for i, ids in enumerate(targets):
             decoder[i, 1 : lengths[i]] = ids[:-1]

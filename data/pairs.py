@@ -36,12 +36,15 @@ def pair_rows(
     if len(without):
         first, length = examples[without[0]], max_source_length - int(room[without[0]])
         raise InputError(
-            f"{len(without)} questions alone are longer than text.max_source_length {max_source_length}"
-            f" (the first: id {first.id!r}, {length} tokens); a question is never cut: make that larger, or"
-            " remove them."
+            f"{len(without)} questions leave no room for a context in text.max_source_length"
+            f" {max_source_length} (the first: id {first.id!r}, needs {length} tokens); a question is never"
+            " cut: make that larger, or remove them."
         )
     arrays["example"] = np.repeat(np.arange(len(examples), dtype=np.int32), arrays.pop("num_rows"))
     return arrays
+
+
+MIN_CONTEXT = 16  # tokens of a context that a question has to leave room for
 
 
 class _Job:
@@ -90,15 +93,15 @@ class _Job:
         """The row or rows of a source, and how many tokens the question leaves (0 when nothing was cut)."""
         if len(ids) <= self.max_source_length:
             return [ids], 0
-        special = set(self.tokenizer.all_special_ids)
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         before = next(i for i, token in enumerate(ids) if token not in special)
         after = next(i for i, token in enumerate(reversed(ids)) if token not in special)
         # Without the blank at its end: a byte-level vocabulary joins it to the first word of the context.
         question = self.tokenizer([example.question.rstrip()], add_special_tokens=False, verbose=False)
         head = before + len(question["input_ids"][0])
         room = self.max_source_length - head - after
-        if room < 0:
-            return [ids], room
+        if room < MIN_CONTEXT:
+            return [ids], room - MIN_CONTEXT
         context = ids[head : len(ids) - after]
         if self.stride is None:
             return [[*ids[:head], *context[:room], *ids[len(ids) - after :]]], 0

@@ -62,8 +62,11 @@ def digest(*parts: Any) -> str:
         if isinstance(part, Path):
             for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
                 if file.is_file():
-                    with open(file, "rb") as stream:
-                        total.update(_file_digest(stream))
+                    try:
+                        with open(file, "rb") as stream:
+                            total.update(_file_digest(stream))
+                    except OSError as error:
+                        raise InputError(f"{file}: {error.strerror or error}.") from None
         else:
             total.update(json.dumps(part, sort_keys=True).encode())
         total.update(b"\0")

@@ -36,14 +36,19 @@ class Example:
 class TextExample:
     """One row of a text-to-text task. The source is question + context; only the context may be cut.
 
-    references: what a prediction is scored against (none: unanswerable). target: what is learned.
+    references: what a prediction is scored against (none: unanswerable). targets: what is learned.
     """
 
     id: str
     question: str
     context: str
     references: tuple[str, ...]
-    target: str
+    targets: tuple[str, ...]
+
+    @property
+    def target(self) -> str:
+        """The first of the targets: the only one in an evaluation."""
+        return self.targets[0]
 
 
 class MicroBatch(NamedTuple):

@@ -15,6 +15,9 @@ from plainloop.models.load import load_config, load_network
 # Their feed-forward output passes 65,504, the largest fp16 number; under autocast nothing clamps it.
 OVERFLOWS_IN_FP16 = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 
+SPECIAL_TOKENS = [
+    f"{name}_token_id" for name in ("decoder_start", "bos", "eos", "pad", "forced_bos", "forced_eos")
+]
 # Families that hand the source's mask to their attentions and to nothing else. Bool (B, 1, 1, S) saves a
 # host sync.
 PLAIN_ATTENTION = {"t5", "mt5", "umt5", "bart", "mbart"}
@@ -114,12 +117,21 @@ def generate(
 ) -> Tensor:
     """Greedy, or beams: (B, T) ids without the start token, padded behind the end of each.
 
-    Ends when all rows have ended. Sampling that the model's own generation config asks for is switched off.
+    Ends when all rows have ended. What the model's own generation config asks for beside its special tokens,
+    such as sampling or the least length of a summary, is set aside.
     """
-    ids: Tensor = model.network.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-        num_beams=num_beams, do_sample=False,
-    )  # fmt: skip
+    from transformers import GenerationConfig
+
+    network, own = model.network, model.network.generation_config
+    network.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        **{name: getattr(own, name) for name in SPECIAL_TOKENS},
+    )
+    try:
+        ids: Tensor = network.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    finally:
+        network.generation_config = own
     return ids[:, 1:]
 
 

@@ -1,7 +1,4 @@
-"""Everything a user can set: frozen dataclasses, one for each concern. YAML file + dotted overrides.
-
-plainloop train --config squad.yaml --optim.lr 3e-5
-"""
+"""Everything a user can set: frozen dataclasses, one for each concern. YAML file + dotted overrides."""
 
 from __future__ import annotations
 
@@ -73,6 +70,20 @@ class TextConfig:
     generate: int | None = option(
         None, "examples to generate in an evaluation while training; default all, 0 none"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTextConfig:
+    """Text models only: what to evaluate otherwise than the model was trained."""
+
+    dataset: str | None = option(None, "of a CausalQA folder")
+    split: Literal["original", "random"] | None = option(None, "of a CausalQA folder")
+    format: Literal["t5", "unifiedqa"] | None = option(None, "of SQuAD")
+    null_target: str | None = option(None, "of SQuAD: what stands for unanswerable")
+    max_source_length: int | None = option(None, "tokens")
+    stride: int | None = option(None, "tokens that windows of a SQuAD context share")
+    max_new_tokens: int | None = option(None, "generated at most")
+    num_beams: int | None = option(None, "1: greedy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +188,7 @@ class ScoreConfig:
     rouge_bootstrap: bool = option(
         False, "CausalQA: ROUGE-L as the median of 1,000 resamplings, as published"
     )
-    text: TextConfig = field(default_factory=TextConfig)
+    text: ScoreTextConfig = field(default_factory=ScoreTextConfig)
     precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the forward pass")
     device: Literal["auto", "cuda", "cpu"] = option("auto", "where the model runs")
     cache_dir: str | None = option(None, "tokenised data; default $PLAINLOOP_CACHE or ~/.cache/plainloop")
@@ -267,6 +278,9 @@ def _without_effect(config: TrainConfig) -> list[str]:
     faults = [
         f"{n} has no effect with task {config.task}; leave it out" for n in names if values[n] != default[n]
     ]
+    if config.optim.name == "adafactor":
+        names = [n for n in ("optim.betas", "optim.eps") if values[n] != default[n]]
+        faults += [f"{n} has no effect with adafactor; leave it out" for n in names]
     if config.task == "span" and (isinstance(config.data.train, list) or isinstance(config.data.dev, list)):
         faults.append("data.train and data.dev must be one file or folder with task span")
     return faults

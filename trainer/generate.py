@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,14 @@ def mean_loss(
 
 def generate_texts(
     model: Seq2SeqModel, store: Store, collate: Collate, rows: np.ndarray, setting: Setting, *,
-    decode: Callable[[np.ndarray], Sequence[str]], max_new_tokens: int, num_beams: int,
+    decode: Callable[[np.ndarray], Sequence[str]], nulls: Collection[str], max_new_tokens: int,
+    num_beams: int,
 ) -> dict[int, str] | None:  # fmt: skip
     """All ranks; rank 0 gets example -> text, the others None. No collective before the end.
 
-    Rows of similar length share a batch. Of an example with several windows the text with the largest
-    log-probability is taken (the earlier window of equals).
+    Rows of similar length share a batch. Of an example with several windows the answer with the largest
+    log-probability is taken (the earlier window of equals); one of `nulls` only when all windows say so: a
+    window that does not hold the answer rightly says that there is none.
     """
     world, owner = setting.world, np.asarray(store.arrays["example"])
     several = np.bincount(owner)[owner] > 1
@@ -76,7 +78,10 @@ def generate_texts(
         scores.extend(scored.tolist())
         done.append(rows)
 
-    micro_batches = deal(rows, store.lengths, world_size=world.size, tokens=setting.tokens)
+    # The decoder's cache grows to max_new_tokens a row and beam.
+    lengths = np.stack([store.lengths, np.full(len(store), max_new_tokens)], axis=1)
+    tokens = max(1, setting.tokens // num_beams)
+    micro_batches = deal(rows, lengths, world_size=world.size, tokens=tokens)
     on_micro_batches(model, micro_batches, add, world=world, should_stop=setting.should_stop, name="generate")
     parts = gather_arrays(
         {
@@ -94,12 +99,12 @@ def generate_texts(
     )
     if [row for row, _, _ in found] != rows.tolist():
         raise AssertionError(f"{len(found)} rows were generated, not each of {len(rows)} once")
-    best: dict[int, tuple[float, str]] = {}
+    best: dict[int, tuple[bool, float, str]] = {}
     for row, text, score in found:
-        example = int(owner[row])
-        if example not in best or score > best[example][0]:
-            best[example] = (score, text)
-    return {example: text for example, (_, text) in best.items()}
+        example, answers = int(owner[row]), text not in nulls
+        if example not in best or (answers, score) > best[example][:2]:
+            best[example] = (answers, score, text)
+    return {example: text for example, (_, _, text) in best.items()}
 
 
 def write_texts(

@@ -51,6 +51,9 @@ def train(config: TrainConfig) -> Verdict:
         task = make_task(config.task, config.model, config.data, config.text, world)
         rows = task.prepare("train", config.data.train or "", limit=config.data.limit)
         dev_rows = task.prepare("dev", config.data.dev) if config.data.dev else None
+        if dev_rows and config.evaluation.best_metric not in task.metric_names():
+            given, names = config.evaluation.best_metric, ", ".join(task.metric_names())
+            raise InputError(f"evaluation.best_metric {given}: this data gives {names}.")
         steps = task.steps(rows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
         total_steps = min(config.max_steps or 2**62, config.epochs * steps.sampler.steps_per_epoch)
         stack.enter_context(process_group(world, timeout_s=config.timeout_s))

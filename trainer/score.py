@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from plainloop.data.causalqa import TextOptions, data_files, is_squad, read_text
 from plainloop.data.squad import read_json, read_squad
 from plainloop.data.types import InputError
-from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, ScoreConfig, TextConfig
+from plainloop.trainer.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ScoreConfig,
+    ScoreTextConfig,
+    TextConfig,
+)
 from plainloop.trainer.metrics import causalqa_scores, squad_scores
 
 
@@ -73,8 +81,9 @@ def score_text_predictions(config: ScoreConfig, files: list[str]) -> dict[str, f
     return causalqa_scores(content, [e.references for e in examples], bootstrap=config.rouge_bootstrap)
 
 
-def text_options(text: TextConfig) -> TextOptions:
+def text_options(given: ScoreTextConfig) -> TextOptions:
     """What of the config the readers are told."""
+    text = merged({}, given)
     return TextOptions(**{f.name: getattr(text, f.name) for f in dataclasses.fields(TextOptions)})
 
 
@@ -108,6 +117,10 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
             raise InputError(f"--out_dir {config.out_dir}: {error.strerror or error}.") from None
     task = make_task(kind, ModelConfig(path=path), data, text, world)
     rows = task.prepare("dev", config.data or "")
+    if config.rouge_bootstrap and "rougeL_f1" not in task.metric_names():
+        raise InputError("--rouge_bootstrap is for CausalQA; this data is SQuAD's.")
+    for line in task.report("dev", rows, config.precision) if world.is_main else []:
+        print(line, file=sys.stderr)
     model = task.load_model(path, new_head=False).to(world.device)
     evaluation = EvaluationConfig(
         max_answer_length=config.max_answer_length,
@@ -160,12 +173,11 @@ def check_options(kind: str, config: ScoreConfig) -> None:
         raise InputError(f"{', '.join(given)}: without effect on a {kind} model; leave it out.")
 
 
-def merged(trained: dict[str, Any], given: TextConfig) -> TextConfig:
-    """The text options that a run was trained with; what is given otherwise than its default comes first."""
-    default = TextConfig()
-    chosen = {k: v for k, v in dataclasses.asdict(given).items() if v != getattr(default, k)}
+def merged(trained: dict[str, Any], given: ScoreTextConfig) -> TextConfig:
+    """The text options that a run was trained with, unless others are given."""
     known = {field.name for field in dataclasses.fields(TextConfig)}
-    return TextConfig(**{k: v for k, v in trained.items() if k in known} | chosen)
+    chosen = {name: value for name, value in dataclasses.asdict(given).items() if value is not None}
+    return TextConfig(**{name: value for name, value in trained.items() if name in known} | chosen)
 
 
 def _read_map(path: str, kind: Any, what: str) -> dict[str, Any]:
@@ -178,8 +190,6 @@ def _read_map(path: str, kind: Any, what: str) -> dict[str, Any]:
 
 
 def _warn(text: str) -> None:
-    import sys
-
     print(f"warning: {text}", file=sys.stderr)
 
 

@@ -21,7 +21,7 @@ from plainloop.data.types import Example, InputError
 from plainloop.models.cpu import speed_up_dropout
 from plainloop.models.load import checkpoint_activations, load_tokenizer
 from plainloop.models.spans import SpanModel, load_span_model, position_limit, span_loss_sum
-from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, TextConfig
+from plainloop.trainer.config import METRICS, DataConfig, EvaluationConfig, ModelConfig, TextConfig
 from plainloop.trainer.distributed import World
 from plainloop.trainer.evaluate import Interrupted, decode, evaluate_spans, write_predictions
 
@@ -126,6 +126,9 @@ class SpanTask:
         code = [Path(str(module.__file__)) for module in (squad, features, tokenise, store)]
         options = [self.data.max_length, self.data.stride, limit, self.tokenizer.cls_token_id]
         return store.digest(Path(path), self.tokenizer_digest, options, *code)
+
+    def metric_names(self) -> list[str]:
+        return METRICS["span"]
 
     def report(self, part: str, rows: Store, precision: str) -> list[str]:
         meta, lengths = rows.meta, rows.lengths

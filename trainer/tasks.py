@@ -34,6 +34,9 @@ class Task(Protocol):
     def steps(self, rows: Store, *, batch_size: int, seed: int, tokens: int) -> Steps:
         """This rank's share of every optimizer step."""
 
+    def metric_names(self) -> list[str]:
+        """What an evaluation of the prepared dev data gives."""
+
     def report(self, part: str, rows: Store, precision: str) -> list[str]:
         """Lines about the data: what there is, and warnings of what was cut or is likely to go wrong."""
 

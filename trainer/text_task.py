@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from plainloop.data import causalqa, pairs, squad, store, tokenise
-from plainloop.data.causalqa import TextOptions, data_files, is_squad, read_text
+from plainloop.data.causalqa import TextOptions, data_files, is_squad, read_text, row_of_each_target
 from plainloop.data.loader import Steps, TextCollate
 from plainloop.data.samplers import Sampler, subset
 from plainloop.data.store import Store
@@ -53,10 +53,9 @@ class TextTask:
             )
         self.start_token = start_token(self.config, model.path)
         limit = source_limit(self.config)
-        if text.max_source_length > limit:
-            raise InputError(
-                f"text.max_source_length {text.max_source_length}: {model.path} has {limit} positions."
-            )
+        for name in ("max_source_length", "max_target_length", "max_new_tokens"):
+            if (getattr(text, name) or 0) > limit:
+                raise InputError(f"text.{name} {getattr(text, name)}: {model.path} has {limit} positions.")
         self.dev_examples: list[
             TextExample
         ] = []  # rank 0: read once, so that the file may move while training
@@ -68,7 +67,9 @@ class TextTask:
     def prepare(self, part: str, path: str | Sequence[str], *, limit: int | None = None) -> Store:
         files = data_files(path, {"train": "train", "dev": "valid"}[part], self.options)
         training = part == "train"
-        if not training:
+        if training:
+            self._check_options(is_squad(files[0]))
+        else:
             self.squad = is_squad(files[0])
         windows = self.text.stride if self.squad and not training else None
         digest = store.digest(
@@ -84,11 +85,24 @@ class TextTask:
         return store.build(
             folder,
             lambda: self._make(
-                read_text(files, self.options, training=True) if training else self.dev_examples,
+                read_text(files, self.options) if training else self.dev_examples,
                 limit,
                 windows,
+                training,
             ),
         )
+
+    def _check_options(self, squad: bool) -> None:
+        """Options that this kind of training data would ignore in silence."""
+        default = TextOptions()
+        for name in ("target_column",) if squad else ("format", "null_target"):
+            if getattr(self.options, name) != getattr(default, name):
+                kind = "SQuAD" if squad else "CausalQA"
+                raise InputError(f"text.{name} has no effect on {kind} data; leave it out.")
+
+    def metric_names(self) -> list[str]:
+        figures = squad_scores([Example("", "", "", answers) for answers in ((), (Answer("", 0),))], {})
+        return [*(figures if self.squad else causalqa_scores([""], [[""]])), "loss"]
 
     def load_model(self, path: str, *, new_head: bool) -> Seq2SeqModel:
         model = load_seq2seq_model(path, dropout=self.model_config.dropout)
@@ -121,7 +135,7 @@ class TextTask:
             f" median {int(np.median(target))}"
         ]
         if meta["contexts_cut"]:
-            what = "were cut" if len(rows) == meta["examples"] else "became several windows"
+            what = "became several windows" if self.squad and part == "dev" else "were cut"
             lines.append(
                 f"warning: {meta['contexts_cut']} contexts are longer than text.max_source_length and {what}"
             )
@@ -129,7 +143,7 @@ class TextTask:
             lines.append(
                 f"warning: {meta['targets_cut']} targets are longer than text.max_target_length and were cut"
             )
-        if part == "train" and precision == "fp16" and self.config.model_type in OVERFLOWS_IN_FP16:
+        if precision == "fp16" and self.config.model_type in OVERFLOWS_IN_FP16:
             lines.append(
                 f"warning: a {self.config.model_type} overflows in fp16; such steps are skipped and counted."
                 " Use --precision bf16, or fp32"
@@ -161,7 +175,8 @@ class TextTask:
             metrics = {"loss": mean_loss(network, rows, self.collate(rows), first, setting)}
             texts = generate_texts(
                 network, rows, self.collate(rows), np.flatnonzero(np.isin(owner, chosen)), setting,
-                decode=self._decode, max_new_tokens=length, num_beams=self.text.num_beams,
+                decode=self._decode, nulls=self._nulls() if self.squad else (), max_new_tokens=length,
+                num_beams=self.text.num_beams,
             )  # fmt: skip
         except Interrupted:
             return None
@@ -171,7 +186,7 @@ class TextTask:
             examples = [self.dev_examples[i] for i in chosen]
             predictions = [texts[int(i)] for i in chosen]
             if self.squad:
-                predictions = self._null_to_empty(predictions)
+                predictions = ["" if text in self._nulls() else text for text in predictions]
             metrics = score_texts(examples, predictions, squad=self.squad, bootstrap=bootstrap) | metrics
             if folder is not None:
                 ids = [example.id for example in examples]
@@ -187,17 +202,18 @@ class TextTask:
         texts = self.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _null_to_empty(self, predictions: Sequence[str]) -> list[str]:
-        """The null target, also as the vocabulary gives it back (`<no answer>` -> `no answer>`), is ""."""
+    def _nulls(self) -> set[str]:
+        """The null target, and what the vocabulary makes of it (`<no answer>` -> `no answer>`)."""
         null = self.options.null_target
-        ids = self.tokenizer(text_target=[null])["input_ids"]
-        nulls = {null.strip(), *self._decode(np.array(ids))}
-        return ["" if text in nulls else text for text in predictions]
+        return {null.strip(), *self._decode(np.array(self.tokenizer(text_target=[null])["input_ids"]))}
 
     def _make(
-        self, examples: list[TextExample], limit: int | None, windows: int | None
+        self, examples: list[TextExample], limit: int | None, windows: int | None, training: bool
     ) -> tuple[tokenise.Arrays, dict[str, Any]]:
         examples = [examples[i] for i in subset(len(examples), limit)]
+        questions = len(examples)
+        if training:
+            examples = row_of_each_target(examples)
         arrays = pairs.pair_rows(
             examples,
             self.tokenizer,
@@ -207,7 +223,7 @@ class TextTask:
             processes=self.data.processes or len(os.sched_getaffinity(0)),
         )
         meta = {
-            "examples": len(examples),
+            "examples": questions,
             "contexts_cut": int(arrays.pop("cut").sum()),
             "targets_cut": int(arrays.pop("target_cut").sum()),
         }

@@ -317,6 +317,7 @@ def generation(folder: str, rounds: int = 3) -> None:
             np.arange(len(rows)),
             setting,
             decode=task._decode,
+            nulls=(),
             max_new_tokens=20,
             num_beams=1,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plainloop.data.causalqa import COLUMNS, TextOptions, data_files, read_text
+from plainloop.data.causalqa import COLUMNS, TextOptions, data_files, read_text, row_of_each_target
 from plainloop.data.types import InputError
 
 HEADER = ["id", "question", *COLUMNS[:1], "context", *COLUMNS[1:]]
@@ -24,7 +24,7 @@ def write(path: Path, *rows: dict[str, str]) -> str:
 
 
 def read(path: str, **options: str) -> list[tuple[str, str, tuple[str, ...], str]]:
-    rows = read_text([path], TextOptions(**options), training=True)
+    rows = row_of_each_target(read_text([path], TextOptions(**options)))
     return [(e.id, e.question + e.context, e.references, e.target) for e in rows]
 
 
@@ -48,6 +48,8 @@ def test_references_are_never_one_target(tmp_path: Path) -> None:
     assert [row[3] for row in read(path, target="most_frequent")] == ["Space"]
     assert [row[3] for row in read(path, target="each")] == ["Time", "Space"]
     assert [row[3] for row in read(path, target_column="answer_processed")] == ["time"]
+    both = read(path, target="each", target_column="answer_processed")
+    assert [row[3] for row in both] == ["time", "space"]
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -56,6 +58,9 @@ def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
     assert read(str(path)) == [("7", "why", ("a\u2028b",), "a\u2028b")]
+    without = {name: value for name, value in row.items() if name != "context_processed"}
+    path.write_text(json.dumps(without), encoding="utf-8")
+    assert read(str(path))[0][1] == "why"
     path.write_text(json.dumps(row) + "\n{", encoding="utf-8")
     with pytest.raises(InputError, match="line 2: not valid JSON"):
         read(str(path))
@@ -92,6 +97,8 @@ def test_folders_and_mixtures(tmp_path: Path) -> None:
 
 
 def test_squad_as_text(squad_file: Path) -> None:
+    with pytest.raises(InputError, match="occurs 2 times"):
+        read_text([str(squad_file)] * 2, TextOptions())
     t5 = read_text([str(squad_file)], TextOptions(null_target="<no answer>"))
     assert len(t5) == 120
     assert t5[0].question.startswith("question: ") and t5[0].question.endswith(" context: ")

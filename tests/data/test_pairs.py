@@ -21,7 +21,7 @@ def t5(real_data: Path) -> Any:
 
 
 def example(question: str, context: str, target: str = "so") -> TextExample:
-    return TextExample("x", question + SEPARATOR, context, (target,), target)
+    return TextExample("x", question + SEPARATOR, context, (target,), (target,))
 
 
 def rows(arrays: dict[str, np.ndarray], name: str = "input_ids", length: str = "length") -> list[list[int]]:
@@ -39,14 +39,15 @@ def test_the_separator_reaches_the_model(t5: Any) -> None:
 def test_a_cut_spares_the_question_and_the_end_token(t5: Any) -> None:
     long = example("why is it so ?", "word " * 100, "answer " * 50)
     question = t5("why is it so ? \\n", add_special_tokens=False)["input_ids"]
-    arrays = pair_rows([long, example("q", "c")], t5, max_source_length=20, max_target_length=10)
+    arrays = pair_rows([long, example("q", "c")], t5, max_source_length=30, max_target_length=10)
     source, _ = rows(arrays)
-    assert len(source) == 20 and source[: len(question)] == question and source[-1] == 1
+    assert len(source) == 30 and source[: len(question)] == question and source[-1] == 1
     target, _ = rows(arrays, "target_ids", "target_length")
     assert len(target) == 10 and target[-1] == 1
     assert arrays["cut"].tolist() == [True, False] and arrays["target_cut"].tolist() == [True, False]
-    with pytest.raises(InputError, match="1 questions alone are longer .* a question is never cut"):
-        pair_rows([long], t5, max_source_length=6, max_target_length=10)
+    for length in (6, len(question) + 1, len(question) + 10):
+        with pytest.raises(InputError, match="1 questions leave no room .* a question is never cut"):
+            pair_rows([long], t5, max_source_length=length, max_target_length=10)
 
 
 @pytest.mark.parametrize("length", [30, 41, 64])

@@ -37,7 +37,16 @@ def test_the_demo_reaches_its_f1(tmp_path: Path, minilm: str) -> None:
 
 @pytest.mark.slow
 def test_the_text_demo_learns_its_task(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "plainloop.trainer", "demo", "--task", "text", "--run_dir", str(tmp_path / "run")]
+    line = [
+        sys.executable,
+        "-m",
+        "plainloop.trainer",
+        "demo",
+        "--task",
+        "text",
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
     result = subprocess.run(line, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads((tmp_path / "run/evaluation/results.json").read_text())

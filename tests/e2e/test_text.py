@@ -123,8 +123,44 @@ def test_options_of_the_other_task_are_refused(text_options: Any, launch: Any) -
         ({"data.stride": 3}, "data.stride has no effect with task text"),
         ({"task": "span"}, "text.max_new_tokens has no effect with task span"),
         ({"evaluation.best_metric": "best_f1"}, "evaluation.best_metric is best_f1"),
+        (
+            {"evaluation.best_metric": "exact", "data.dev": text_options["data.train"]},
+            "evaluation.best_metric exact: this data gives f1, em, rougeL_precision",
+        ),
     ):
         assert message in launch(0, "train", text_options | changes, expect=2).stderr
+
+
+def test_the_answer_of_one_window_beats_a_sure_null_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows of one question: one says rightly and surely that it holds no answer."""
+    import numpy as np
+    import torch
+
+    from plainloop.trainer import generate
+    from plainloop.trainer.distributed import World
+
+    scores = {0: -0.01, 1: -0.7, 2: -0.02, 3: -0.03}
+    texts = {0: "none", 1: "ice", 2: "none", 3: "none"}
+    store: Any = type(
+        "Store", (), {"lengths": np.full(4, 8), "arrays": {"example": np.array([0, 0, 1, 1])}}
+    )()
+    store.__class__.__len__ = lambda self: 4
+    batches: list[Any] = []
+
+    def collate(rows: Any) -> Any:
+        batches.append(rows)
+        return type("Batch", (), {"inputs": {"row": torch.tensor(rows)}})
+
+    monkeypatch.setattr(generate, "generate", lambda model, inputs, **_: inputs["row"])
+    monkeypatch.setattr(
+        generate, "sequence_log_probs", lambda m, i, ids: torch.tensor([scores[r] for r in ids.tolist()])
+    )
+    setting = generate.Setting(World(0, 1, 0, torch.device("cpu")), "fp32", 64, lambda: False)
+    found = generate.generate_texts(
+        torch.nn.Module(), store, collate, np.arange(4), setting,  # type: ignore[arg-type]
+        decode=lambda ids: [texts[r] for r in ids.tolist()], nulls={"none"}, max_new_tokens=8, num_beams=1,
+    )  # fmt: skip
+    assert found == {0: "ice", 1: "none"}
 
 
 def test_the_wrong_kind_of_model(text_options: Any, tiny_model: Path, launch: Any) -> None:
