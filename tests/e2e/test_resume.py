@@ -54,7 +54,7 @@ def chain(launch: Any, options: Any, run_dir: Path, stops: list[int], **changes:
     [
         pytest.param(2, [4], id="2-workers"),
         pytest.param(0, [1, 2, 3, 4, 5], id="0-workers-every-step", marks=pytest.mark.slow),
-        pytest.param(2, [1, 2, 3, 4, 5], id="2-workers-every-step", marks=pytest.mark.slow),
+        pytest.param(2, [2, 3, 5], id="2-workers-chain", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes(
