@@ -14,6 +14,8 @@ import numpy as np
 from plainloop.data.tokenise import Arrays, tokenise
 from plainloop.data.types import InputError, TextExample
 
+MIN_CONTEXT = 16  # tokens of a context that a question has to leave room for
+
 
 def pair_rows(
     examples: Sequence[TextExample],
@@ -44,9 +46,6 @@ def pair_rows(
     return arrays
 
 
-MIN_CONTEXT = 16  # tokens of a context that a question has to leave room for
-
-
 class _Job:
     """A tokenizer with its options: what a worker process is given once, by fork."""
 
@@ -59,7 +58,7 @@ class _Job:
         self.stride = stride
 
     def __call__(self, examples: Sequence[TextExample]) -> Arrays:
-        sources = self._ids([e.question + e.context for e in examples])
+        sources = self.tokenizer([e.question + e.context for e in examples], verbose=False)["input_ids"]
         targets = self.tokenizer(text_target=[e.target for e in examples], verbose=False)["input_ids"]
         parts, room = [], []
         for example, ids in zip(examples, sources, strict=True):
@@ -85,12 +84,8 @@ class _Job:
             "room": np.array(room, dtype=np.int32),
         }
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
-        return ids
-
     def _rows(self, example: TextExample, ids: list[int]) -> tuple[list[list[int]], int]:
-        """The row or rows of a source, and how many tokens the question leaves (0 when nothing was cut)."""
+        """The row or rows of a source, and 0; or below 0, what is missing of room for a context."""
         if len(ids) <= self.max_source_length:
             return [ids], 0
         special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}

@@ -56,9 +56,8 @@ class TextTask:
         for name in ("max_source_length", "max_target_length", "max_new_tokens"):
             if (getattr(text, name) or 0) > limit:
                 raise InputError(f"text.{name} {getattr(text, name)}: {model.path} has {limit} positions.")
-        self.dev_examples: list[
-            TextExample
-        ] = []  # rank 0: read once, so that the file may move while training
+        # On rank 0: read once, so that the file may move while training.
+        self.dev_examples: list[TextExample] = []
         self.squad = False  # the dev data is SQuAD's, and scored as such
 
     def loss_sum(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
@@ -166,17 +165,15 @@ class TextTask:
     ) -> dict[str, float] | None:
         setting = Setting(self.world, precision, tokens, should_stop)
         owner, network = np.asarray(rows.arrays["example"]), cast(Seq2SeqModel, model)
-        first = np.flatnonzero(
-            np.diff(owner, prepend=-1)
-        )  # of windows the first, as in training, has the loss
+        first = np.flatnonzero(np.diff(owner, prepend=-1))  # the loss is that of the first window, as trained
+        nulls = self._nulls() if self.squad else set()
         chosen = subset(len(first), self.text.generate if training else None)
         length = self.text.max_new_tokens or MAX_NEW_TOKENS[self.squad]
         try:
             metrics = {"loss": mean_loss(network, rows, self.collate(rows), first, setting)}
             texts = generate_texts(
                 network, rows, self.collate(rows), np.flatnonzero(np.isin(owner, chosen)), setting,
-                decode=self._decode, nulls=self._nulls() if self.squad else (), max_new_tokens=length,
-                num_beams=self.text.num_beams,
+                decode=self._decode, nulls=nulls, max_new_tokens=length, num_beams=self.text.num_beams,
             )  # fmt: skip
         except Interrupted:
             return None
@@ -184,9 +181,7 @@ class TextTask:
             return {}
         if len(chosen):
             examples = [self.dev_examples[i] for i in chosen]
-            predictions = [texts[int(i)] for i in chosen]
-            if self.squad:
-                predictions = ["" if text in self._nulls() else text for text in predictions]
+            predictions = ["" if texts[int(i)] in nulls else texts[int(i)] for i in chosen]
             metrics = score_texts(examples, predictions, squad=self.squad, bootstrap=bootstrap) | metrics
             if folder is not None:
                 ids = [example.id for example in examples]
