@@ -6,12 +6,14 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from plainloop.data.samplers import Sampler, padded, padded_tokens, split, total
+from plainloop.data.processes import end_with_parent
+from plainloop.data.samplers import Sampler, cut, padded, padded_tokens, split, total
 from plainloop.data.store import Store
 from plainloop.data.types import IGNORE_INDEX, MicroBatch, StepBatch
 
@@ -116,7 +118,14 @@ class Steps(Dataset[StepBatch]):
             examples=len(rows),
             tokens=int(lengths[rows].sum()),
             padded_tokens=padded_tokens(itertools.chain(*shares), lengths),
+            rows=rows,
         )
+
+    def largest(self) -> MicroBatch:
+        """The largest micro-batch there can be: what does not fit into memory shows at once with it."""
+        lengths = self.sampler.lengths
+        longest = np.argsort(-total(lengths), kind="stable")[: self.sampler.batch_size]
+        return self.collate(cut(longest, lengths, tokens=self.tokens)[0])
 
     def _split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         return split(rows, self.sampler.lengths, world_size=self.world_size, tokens=self.tokens)
@@ -143,15 +152,24 @@ def step_batches(steps: Steps, *, start: int, total: int, workers: int, pin: boo
         steps,
         sampler=range(start, total),
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals_to_parent if workers else None,
+        worker_init_fn=_serve_parent if workers else None,
     )
     return iter(loader)
 
 
-def _leave_signals_to_parent(_: int) -> None:
-    """torchrun signals the whole process group: a worker that died of it would end the run too soon."""
+def _as_it_is(batch: Any) -> Any:
+    """DataLoader would make tensors of arrays."""
+    return batch
+
+
+def _serve_parent(_: int) -> None:
+    """torchrun signals the whole process group: a worker that died of it would end the run too soon. It
+    ends with its rank, however that ends.
+    """
+    end_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -6,6 +6,7 @@ resumed on two follows the same batches.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,11 @@ class Sampler:
             order = np.concatenate([w[np.argsort(total(self.lengths[w]), kind="stable")] for w in windows])
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]
+
+
+def order_digest(before: str, rows: np.ndarray) -> str:
+    """A running digest of what was trained on: that of the steps before, and one more global batch."""
+    return hashlib.sha256(before.encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
 def split(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int) -> list[list[np.ndarray]]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from plainloop.data.processes import end_with_parent
+
 CHUNK = 256  # examples in one call of the tokenizer
 MIN_EXAMPLES_FOR_PROCESSES = 2000  # below that, starting processes costs more than it saves
 
@@ -39,7 +41,7 @@ def _fork(job: Job, chunks: Sequence[Sequence[Any]], processes: int) -> Iterator
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process: the processes are the parallelism
     try:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
+        with multiprocessing.get_context("fork").Pool(processes, end_with_parent) as pool:
             yield from pool.imap(_run, chunks)
     finally:
         _job = None

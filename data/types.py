@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # an error message should not cost the import of torch
+    import numpy as np
     import torch
 
 IGNORE_INDEX = -100  # a label with this value counts for nothing, as in torch.nn.functional.cross_entropy
@@ -66,7 +67,7 @@ class StepBatch(NamedTuple):
     """This rank's share of one optimizer step, and the size of the whole step over all ranks.
 
     divisor: what the summed loss of all ranks is divided by (windows, or target tokens).
-    examples, tokens, padded_tokens: totals over all ranks, for the log.
+    examples, tokens, padded_tokens: totals over all ranks, for the log. rows: of all ranks, in order.
     """
 
     micro_batches: list[MicroBatch]
@@ -74,3 +75,4 @@ class StepBatch(NamedTuple):
     examples: int
     tokens: int
     padded_tokens: int
+    rows: np.ndarray

@@ -77,6 +77,19 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
     return network
 
 
+def save_network(network: Any, folder: Path, weights: dict[str, Any]) -> None:
+    """What from_pretrained reads. weights: a state_dict of ours, or a copy of one, whose names begin with
+    `network.`.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    prefix = "network."
+    network.save_pretrained(
+        folder, state_dict={name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    )
+
+
 def checkpoint_activations(network: Any) -> None:
     """Recompute activations in backward. transformers 5.2x gave the method a new name."""
     name = "activation_checkpointing_enable"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -122,16 +123,14 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    network, own = model.network, model.network.generation_config
+    # Of a shallow copy: a checkpoint may be being written with the network's own config.
+    network = copy.copy(model.network)
     network.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        **{name: getattr(own, name) for name in SPECIAL_TOKENS},
+        **{name: getattr(network.generation_config, name) for name in SPECIAL_TOKENS},
     )
-    try:
-        ids: Tensor = network.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    finally:
-        network.generation_config = own
+    ids: Tensor = network.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     return ids[:, 1:]
 
 

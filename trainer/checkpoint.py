@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +27,13 @@ import torch
 from plainloop.data.types import InputError
 from plainloop.trainer.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 PREFIX = "step-"
 MANIFEST = "manifest.json"
+STATE_KEYS = set(
+    "step order order_since loss_count loss_sum nonfinite_run nonfinite_total scaler evaluations config"
+    " fingerprint surroundings".split()
+)
 
 
 @dataclass(frozen=True)
@@ -40,45 +45,56 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, save_model: Callable[[Path], None], extra: dict[str, Any]
-) -> Path:
-    """Rank 0 only. Write the checkpoint of `state.step` into `folder`; on an error nothing of it is left.
+    folder: Path, save_model: Callable[[Path], None], optimizer: dict[str, torch.Tensor],
+    state: dict[str, Any], *, size: int, still_ours: Callable[[], None] = lambda: None,
+) -> Path:  # fmt: skip
+    """Rank 0 only. Write the checkpoint of state["step"] into `folder`; on an error nothing of it is left.
 
-    save_model writes what from_pretrained reads; extra goes into state.json. Raises OSError.
+    save_model writes what from_pretrained reads; state is state.json. size: estimated bytes, which must be
+    free. still_ours is asked before the checkpoint appears, and raises what ends the run. Raises OSError.
     """
-    final = folder / f"{PREFIX}{state.step:08d}"
+    final = folder / f"{PREFIX}{state['step']:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    require_space(folder, checkpoint_bytes(state.model))
+    require_space(folder, size)
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
-    temporary.mkdir()
+    temporary.mkdir()  # not if it is there: somebody else's folder or link is not written into
     try:
         save_model(temporary)
-        _save_tensors(state.optimizer_tensors(), temporary / "optimizer.safetensors")
-        _write_json(temporary / "state.json", {"format": FORMAT, **_counters(state), **extra})
+        _save_tensors(optimizer, temporary / "optimizer.safetensors")
+        _write_json(temporary / "state.json", {"format": FORMAT, **state})
         manifest = {
             f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())
         }
         _write_json(temporary / MANIFEST, manifest)
         _settle(temporary)
+        still_ours()
         if final.exists():  # a damaged one of the same step was set aside before; this one is good
             shutil.rmtree(final)
         os.rename(temporary, final)
         _sync(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if "os error" in str(error) and not isinstance(error, OSError):  # of Rust: safetensors, tokenizers
-            raise OSError(errno.EIO, str(error), str(temporary)) from None
+        if (found := re.search(r"os error (\d+)", str(error))) and not isinstance(error, OSError):
+            number = int(found.group(1))  # of Rust: safetensors, tokenizers
+            raise OSError(number, os.strerror(number), str(temporary)) from None
         raise
     return final
 
 
 def restore(state: TrainState, checkpoint: Checkpoint, *, is_main: bool) -> None:
-    """All ranks. Everything but the weights, which the model was loaded with. Rank 0 takes the loss sum."""
+    """All ranks. Everything but the weights, which the model was loaded with. Rank 0 takes the loss sum.
+
+    Raises InputError for a state that is not this model's.
+    """
     from safetensors.torch import load_file
 
     saved = checkpoint.state
-    state.load_optimizer_tensors(load_file(checkpoint.path / "optimizer.safetensors"))
-    state.step = saved["step"]
+    try:
+        state.load_optimizer_tensors(load_file(checkpoint.path / "optimizer.safetensors"))
+    except ValueError as error:
+        raise InputError(f"{checkpoint.path / 'optimizer.safetensors'}: {error}.") from None
+    state.step = state.place.step = saved["step"]
+    state.order, state.order_since = saved["order"], saved["order_since"]
     state.evaluations = saved["evaluations"]
     state.loss_count = saved["loss_count"]
     state.loss_sum += saved["loss_sum"] if is_main else 0.0
@@ -112,22 +128,56 @@ def newest_good(folder: Path, report: Callable[[str], None]) -> Checkpoint | Non
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None: every file of the manifest by size and digest."""
     try:
+        if fault := _foreign(path):
+            return fault
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
+            if name != Path(name).name or file.is_symlink() or not file.is_file():
+                return f"{name} is {'a symbolic link' if file.is_symlink() else 'missing'}"
             if file.stat().st_size != expected["size"]:
                 return f"{name} has {file.stat().st_size} bytes, expected {expected['size']}"
             if _sha256(file) != expected["sha256"]:
                 return f"{name} has another SHA-256 than when it was written"
-        missing = {"state.json", "optimizer.safetensors"} - set(manifest)
-        if missing:
+            if file.suffix == ".safetensors" and (fault := _unreadable(file)):
+                return fault
+        if missing := {"config.json", "state.json", "optimizer.safetensors"} - set(manifest):
             return f"{MANIFEST} does not list {sorted(missing)}"
-        found = json.loads((path / "state.json").read_text(encoding="utf-8")).get("format")
-        return None if found == FORMAT else f"state.json has format {found}, this version reads {FORMAT}"
+        if not any(name.startswith("model") and name.endswith(".safetensors") for name in manifest):
+            return f"{MANIFEST} lists no weights"
+        return _incomplete(json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} can't be read ({error})"
+
+
+def _foreign(path: Path) -> str | None:
+    """Links and other people's folders are not read: who planted them decides what they hold."""
+    if path.is_symlink():
+        return "is a symbolic link"
+    owner = path.stat().st_uid
+    return f"belongs to user {owner}" if owner not in (os.getuid(), path.parent.stat().st_uid) else None
+
+
+def _unreadable(file: Path) -> str | None:
+    """Opens the header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except SafetensorError as error:
+        return f"{file.name} is no safetensors file ({error})"
+
+
+def _incomplete(state: dict[str, Any]) -> str | None:
+    """What state.json lacks: a counter or the loss scale that began anew would change the run in silence."""
+    if state.get("format") != FORMAT:
+        return f"state.json has format {state.get('format')}, this version reads {FORMAT}"
+    if missing := STATE_KEYS - set(state):
+        return f"state.json lacks {', '.join(sorted(missing))}"
+    if state["config"]["precision"] == "fp16" and not state["scaler"]:
+        return "state.json lacks the loss scale of fp16"
+    return None
 
 
 def retain(folder: Path, *, keep_last: int, best_step: int | None) -> None:
@@ -143,7 +193,10 @@ def retain(folder: Path, *, keep_last: int, best_step: int | None) -> None:
 def sweep(folder: Path) -> None:
     """Rank 0 only. Remove left-over temporary folders; nobody else writes into a run folder."""
     for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
@@ -161,20 +214,26 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file as a whole."""
+    """Replace a small file as a whole. A link that was planted in its place is replaced, not followed."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
+    with open(os.open(temporary, flags, 0o666), "w", encoding="utf-8") as stream:
+        stream.write(text)
     os.replace(temporary, path)
 
 
-def _counters(state: TrainState) -> dict[str, Any]:
+def counters(state: TrainState) -> dict[str, Any]:
+    """What state.json holds of the state. Waits for the device."""
     return {
         "step": state.step,
+        "order": state.order,
+        "order_since": state.order_since,
         "loss_count": state.loss_count,
         "nonfinite_run": int(state.nonfinite_run),
         "nonfinite_total": int(state.nonfinite_total),
         "scaler": state.scaler.state_dict(),
-        "evaluations": state.evaluations,
+        "evaluations": list(state.evaluations),
     }
 
 

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "Gloo", "Broken pipe")
+
 USAGE = """\
 usage: plainloop COMMAND [--config FILE] [--option value ...]
 
@@ -18,7 +20,8 @@ Fine-tune question-answering models with a training loop you can read in one sit
 
 Several processes: torchrun --nproc-per-node 4 -m plainloop.trainer train ...
 All options of a command: plainloop COMMAND --help
-Exit codes: 0 done, 2 bad option or input, 75 stopped with a checkpoint, 70 the numbers went wrong.
+Exit codes: 0 done, 2 bad option or input, 75 stopped with a checkpoint, 70 the numbers or a process failed,
+74 the last checkpoint could not be written. The same in RUN/status.json, since torchrun turns each into 1.
 """
 
 
@@ -37,8 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
         return _fail(str(error), 2)
-    except FloatingPointError as error:
-        return _fail(str(error), 70)
+    except RuntimeError as error:
+        message, code = _explain(error)
+        return _fail(message, code)
 
 
 def _fail(message: str, code: int) -> int:
@@ -50,14 +54,38 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _explain(error: RuntimeError) -> tuple[str, int]:
+    """A line and an exit code for what ends a run; what is not known is a traceback."""
+    from plainloop.trainer.errors import NUMERICAL, RunError
+
+    text, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
+    if isinstance(error, RunError):
+        return text, error.exit_code
+    if "DataLoader worker" in text and "killed" in text:
+        remedy = "most likely for lack of memory: lower --data.workers, or ask for more memory"
+        return f"rank {rank}: a loader process was killed, {remedy} ({text[:200]}).", NUMERICAL
+    if any(mark in text for mark in LOST_RANK):
+        cause = "it was killed (for lack of memory?) or failed; its own message, if any, tells why"
+        return (
+            f"rank {rank}: lost another rank: {cause}. The same command continues. ({text[:120]})",
+            NUMERICAL,
+        )
+    raise error
+
+
 def _train(arguments: list[str]) -> int:
     from plainloop.trainer.config import TrainConfig
     from plainloop.trainer.options import parse
 
     config = parse(TrainConfig, arguments, program="plainloop train")
     from plainloop.trainer.run import train
+    from plainloop.trainer.signals import ignore_signals
 
-    return train(config).value
+    verdict = train(config)
+    ignore_signals()
+    # With --max-restarts torchrun would start a stopped run again at once; status.json says what it is.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    return 0 if verdict.name == "STOPPED" and restarts else verdict.value
 
 
 def _evaluate(arguments: list[str]) -> int:

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from plainloop.data.processes import end_with_parent
 from plainloop.data.types import InputError
 
 
@@ -37,6 +40,8 @@ def world_from_env(device: str = "auto") -> World:
     given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if len({value is None for value in given.values()}) > 1:
         raise InputError(f"environment: {given} is half set; start with torchrun, or unset both.")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        check_interface(name, os.environ.get(name))
     rank, size = int(given["RANK"] or 0), int(given["WORLD_SIZE"] or 1)
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -55,6 +60,14 @@ def world_from_env(device: str = "auto") -> World:
     return World(rank, size, local_rank, torch.device("cpu"))
 
 
+def check_interface(variable: str, value: str | None) -> None:
+    """Raises InputError when no network interface has that name: else the ranks would wait for each other."""
+    names = [name for _, name in socket.if_nameindex()]
+    wanted = (value or "").removeprefix("=").split(",")
+    if value and not value.startswith("^") and not any(n.startswith(w) for n in names for w in wanted):
+        raise InputError(f"{variable}={value}: this node has no such interface, only {', '.join(names)}.")
+
+
 @contextlib.contextmanager
 def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
     """All ranks. CPU tensors go by gloo, CUDA tensors by NCCL. Left in order only when nothing failed."""
@@ -62,10 +75,45 @@ def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    store = worker_store(world, timeout_s=timeout_s, may_host=True)
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
+    )
     yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def worker_store(world: World, *, timeout_s: float, may_host: bool = False) -> dist.Store:
+    """A connection of one's own to the store of MASTER_ADDR:MASTER_PORT. torchrun's agent keeps that, or
+    else rank 0.
+
+    Under a prefix for each attempt of torchrun: with --max-restarts the store outlives the processes, and
+    the addresses in it of the last attempt's would be taken for the new ones.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdigit():
+        raise InputError(f"environment: {world.size} processes, but MASTER_ADDR or MASTER_PORT is not set.")
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            address, int(port), is_master=may_host and not hosted and world.is_main, multi_tenant=True,
+            wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise InputError(f"port {port} is taken by another program; set MASTER_PORT to a free one.") from None
+    return dist.PrefixStore(f"plainloop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def end_with_agent() -> None:
+    """A rank whose torchrun agent is killed is asked to stop, as by a signal: else it would train on, unseen.
+
+    Not without torchrun: a shell may end and leave its program running.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,6 +121,15 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks: a CPU tensor of the same shape from each, stacked in rank order."""
+    if not dist.is_initialized():
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts)
 
 
 def broadcast_json(value: Any) -> Any:

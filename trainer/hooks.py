@@ -10,20 +10,19 @@ A hook is a callable that gets a Progress at every step boundary, on all ranks. 
 from __future__ import annotations
 
 import math
-import os
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from plainloop.data.types import InputError
-from plainloop.trainer.checkpoint import retain, save_checkpoint
-from plainloop.trainer.config import CheckpointConfig, EvaluationConfig
-from plainloop.trainer.distributed import SharedFlag, World, broadcast_json, sum_over_ranks
+from plainloop.trainer.config import EvaluationConfig
+from plainloop.trainer.distributed import SharedFlag, broadcast_json, sum_over_ranks
+from plainloop.trainer.errors import RunError
 from plainloop.trainer.log import Log
 from plainloop.trainer.loop import Progress, Traffic
 from plainloop.trainer.signals import StopRequest
@@ -87,18 +86,21 @@ class Stop:
 class NonFinite:
     """All ranks. Ends the run after so many skipped steps in a row; looks every `limit` steps."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, record_ids: Callable[[np.ndarray], list[str]]) -> None:
+        self.limit, self.record_ids = limit, record_ids
 
     def __call__(self, progress: Progress) -> None:
-        step = progress.state.step
-        if self.limit and due(step, self.limit, progress.total_steps):
-            if (in_a_row := int(progress.state.nonfinite_worst)) >= self.limit:
-                raise FloatingPointError(
-                    f"the loss or its gradient was NaN or Inf in {in_a_row} steps in a row, by step {step};"
-                    " none was applied. Try a lower optim.lr, a longer optim.warmup, precision fp32 (or bf16"
-                    " instead of fp16), or look at the data."
-                )
+        state = progress.state
+        if not self.limit or not due(state.step, self.limit, progress.total_steps):
+            return
+        if (in_a_row := int(state.nonfinite_worst)) >= self.limit:
+            ids = self.record_ids(state.rows) if int(state.nonfinite_run) else []
+            raise RunError(
+                f"the loss or its gradient was NaN or Inf in {in_a_row} steps in a row, by step {state.step};"
+                f" none was applied. Records of the last step: {', '.join(ids[:8])}{' ...' * (len(ids) > 8)}."
+                " Try a lower optim.lr, a longer optim.warmup, precision fp32 (or bf16 instead of fp16), or"
+                " look at the data."
+            )
 
 
 class LogLine:
@@ -194,75 +196,6 @@ def best_step(evaluations: list[dict[str, Any]], metric: str) -> int | None:
     values = [(sign * record[metric], -record["step"]) for record in evaluations if metric in record]
     ranked = [pair for pair in values if math.isfinite(pair[0])]
     return -max(ranked)[1] if ranked else None
-
-
-class SaveCheckpoint:
-    """All ranks wait for rank 0, which writes when due, at a new best, and at a stop.
-
-    A full disk does not end a run; but it never ends well with its last state unwritten: then `failed` holds
-    the reason.
-    """
-
-    def __init__(
-        self, run_dir: Path, save_model: Callable[[Path], None], log: Log, watch: Stopwatch, world: World,
-        config: CheckpointConfig, *, metric: str, saved_step: int, extra: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.run_dir, self.save_model, self.log, self.watch = run_dir, save_model, log, watch
-        self.world, self.config, self.metric, self.extra = world, config, metric, extra
-        self.saved_step = saved_step  # the newest on disk
-        self.failed: str | None = None
-
-    def __call__(self, progress: Progress) -> None:
-        state = progress.state
-        best = best_step(state.evaluations, self.metric)
-        every = every_or_epoch(self.config.every_steps, progress)
-        wanted = due(state.step, every, progress.total_steps) or best == state.step or state.stop is not None
-        if state.step == self.saved_step:  # resumed here; an evaluation that was made up for may be the best
-            self._retain_and_point(state)
-        if not wanted or state.step in (0, self.saved_step):
-            return
-        # The sum so far of an open log line goes into the checkpoint as the sum over all ranks.
-        window = sum_over_ranks(state.loss_sum.clone()).item()
-        started = time.perf_counter()
-        self.failed = broadcast_json(self.watch.time("save", lambda: self._save(state, window)))
-        seconds = time.perf_counter() - started
-        if self.failed:
-            self.log.say(f"WARNING: step {state.step}: checkpoint NOT saved: {self.failed}")
-            return
-        self.saved_step = state.step
-        self.log.record("save", state.step, {"seconds": seconds})
-
-    def _save(self, state: TrainState, window: float) -> str | None:
-        """Rank 0 only. None, or why it failed."""
-        if not self.world.is_main:
-            return None
-        try:
-            extra = {**self.extra, "loss_sum": window}
-            path = save_checkpoint(self.run_dir / "checkpoints", state, self.save_model, extra)
-            self._retain_and_point(state)
-        except OSError as error:
-            return f"{error.filename or self.run_dir}: {error.strerror or error}"
-        self.log.say(f"step {state.step}: saved {path}")
-        return None
-
-    def _retain_and_point(self, state: TrainState) -> None:
-        """Rank 0 only. Delete what is no longer kept; RUN/best leads to the best that could be saved."""
-        if not self.world.is_main:
-            return
-        folder = self.run_dir / "checkpoints"
-        saved = [r for r in state.evaluations if (folder / f"step-{r['step']:08d}").exists()]
-        best = best_step(saved, self.metric)
-        retain(folder, keep_last=self.config.keep_last, best_step=best)
-        if best is not None:
-            _point(self.run_dir / "best", Path("checkpoints") / f"step-{best:08d}")
-
-
-def _point(link: Path, target: Path) -> None:
-    """Replace a symbolic link as a whole."""
-    temporary = link.with_name(f".tmp-{link.name}-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
 
 
 def peak_memory_gb(device: torch.device) -> float:

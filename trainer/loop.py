@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from plainloop.data.types import StepBatch
+from plainloop.data.samplers import order_digest
+from plainloop.data.types import InputError, MicroBatch, StepBatch
 from plainloop.trainer.distributed import World
 from plainloop.trainer.precision import autocast, guarded_step
 from plainloop.trainer.state import TrainState
@@ -72,12 +73,14 @@ def fit(
     """
     state, traffic = progress.state, progress.traffic
     while True:
-        for hook in hooks:
+        for i, hook in enumerate(hooks):
+            state.place.at(getattr(hook, "__name__", type(hook).__name__), i / len(hooks))
             hook(progress)
         if state.stop:
             return Verdict.STOPPED
         if state.step == progress.total_steps:
             return Verdict.COMPLETED
+        state.place.at("waiting for data", 1)
         asked = time.perf_counter()
         batch = next(batches)
         traffic.waiting_s += time.perf_counter() - asked
@@ -86,6 +89,8 @@ def fit(
         traffic.tokens += batch.tokens
         traffic.padded_tokens += batch.padded_tokens
         state.step += 1
+        state.place.step, state.place.trained = state.step, True
+        state.rows, state.order = batch.rows, order_digest(state.order, batch.rows)
 
 
 def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> None:
@@ -98,20 +103,12 @@ def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> Non
     for group in state.optimizer.param_groups:
         group["lr"] = options.lr(state.step)
     for i, micro_batch in enumerate(batch.micro_batches):
-        inputs, labels = (
-            {name: tensor.to(state.device, non_blocking=True) for name, tensor in part.items()}
-            for part in micro_batch
-        )
+        state.place.at(f"micro-batch {i + 1} of {last + 1}", 1 + (i + 1) / (last + 1))
         torch.manual_seed(dropout_seed(options.seed, state.step, world.rank, i))
         with _sync_only(state.wrapped, i == last):
-            with autocast(options.precision, state.device):
-                logits = state.wrapped(**inputs)
-            loss = options.loss_sum(logits, labels)
-            # A loss of NaN or Inf makes NaN of every gradient: all ranks see it in the sum, and skip.
-            poison = torch.where(loss.isfinite(), 1.0, torch.nan)
-            state.scaler.scale(loss * poison * (world.size / batch.divisor)).backward()
-        state.loss_sum += loss.detach()
+            state.loss_sum += add_gradients(state, micro_batch, world.size / batch.divisor, options)
 
+    state.place.at("optimizer", 3)
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     state.grad_norm = get_total_norm(gradients)
@@ -124,6 +121,40 @@ def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> Non
     state.nonfinite_worst = torch.maximum(state.nonfinite_worst, state.nonfinite_run)
     state.nonfinite_total = state.nonfinite_total + nonfinite
     state.loss_count += batch.divisor
+
+
+def add_gradients(state: TrainState, micro_batch: MicroBatch, weight: float, options: StepOptions) -> Tensor:
+    """One forward and backward pass, with the loss times `weight`; returns the summed loss, detached."""
+    inputs, labels = (
+        {name: tensor.to(state.device, non_blocking=True) for name, tensor in part.items()}
+        for part in micro_batch
+    )
+    with autocast(options.precision, state.device):
+        logits = state.wrapped(**inputs)
+    loss = options.loss_sum(logits, labels)
+    # A loss of NaN or Inf makes NaN of every gradient: all ranks see it in the sum, and skip.
+    poison = torch.where(loss.isfinite(), 1.0, torch.nan)
+    state.scaler.scale(loss * poison * weight).backward()
+    return loss.detach()
+
+
+def warm_up(state: TrainState, micro_batch: MicroBatch, options: StepOptions) -> None:
+    """All ranks. Two passes whose gradients are thrown away, before the first step of this process.
+
+    DDP sorts its buckets anew after the first backward pass; a resumed run that began with its first step
+    would add up the gradients of three or more ranks in another order than one that never stopped. And with
+    the largest micro-batch a lack of memory shows before hours are spent. Raises InputError for that.
+    """
+    try:
+        for _ in range(2):
+            state.place.at("warm-up", 0)
+            add_gradients(state, micro_batch, 1.0, options)
+            state.optimizer.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"rank {options.world.rank}: the largest micro-batch does not fit into memory:"
+            f" lower --tokens_per_device, or --model.activation_checkpointing true ({error})."
+        ) from None
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

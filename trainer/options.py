@@ -24,10 +24,15 @@ def option_names(kind: type, prefix: str = "") -> dict[str, type]:
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         hint = hints[item.name]
-        names[prefix + item.name] = hint
+        names[prefix + spelled(item.name)] = hint
         if dataclasses.is_dataclass(hint):
             names |= option_names(typing.cast(type, hint), f"{prefix}{item.name}.")
     return names
+
+
+def spelled(field: str) -> str:
+    """A field's name as users write it: `async_` is the option `async`."""
+    return field.removesuffix("_")
 
 
 def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
@@ -72,7 +77,7 @@ def _add_options(parser: Any, kind: type, prefix: str = "") -> None:
         else:
             default = item.default_factory() if callable(item.default_factory) else item.default
             parser.add_argument(
-                f"--{prefix}{item.name}", type=hint, default=default, help=item.metadata["help"]
+                f"--{prefix}{spelled(item.name)}", type=hint, default=default, help=item.metadata["help"]
             )
 
 
@@ -81,8 +86,8 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     hints = typing.get_type_hints(kind)
     known = {}
     for item in dataclasses.fields(typing.cast(Any, kind)):
-        if item.name in values:
-            value, hint = values[item.name], hints[item.name]
+        if (name := spelled(item.name)) in values:
+            value, hint = values[name], hints[item.name]
             known[item.name] = (
                 from_dict(typing.cast(type, hint), value) if dataclasses.is_dataclass(hint) else value
             )
@@ -99,13 +104,16 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'optim': {'lr': 1}} -> {'optim.lr': 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: plain(value)}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + spelled(key)] = plain(value)
     return flat
 
 
 def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {spelled(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 

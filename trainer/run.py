@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,18 +15,22 @@ from torch.nn.parallel import DistributedDataParallel
 from plainloop.data.loader import step_batches
 from plainloop.data.types import InputError
 from plainloop.trainer import checkpoint as checkpoints
-from plainloop.trainer.checkpoint import Checkpoint
-from plainloop.trainer.config import TrainConfig, check_train_config, config_differences
-from plainloop.trainer.distributed import World, broadcast_json, process_group, world_from_env
-from plainloop.trainer.hooks import Evaluate, LogLine, NonFinite, SaveCheckpoint, Stop, Stopwatch
+from plainloop.trainer.checks import check_train_config
+from plainloop.trainer.config import TrainConfig
+from plainloop.trainer.distributed import World, end_with_agent, process_group, world_from_env
+from plainloop.trainer.errors import NUMERICAL
+from plainloop.trainer.hooks import Evaluate, LogLine, NonFinite, Stop, Stopwatch
 from plainloop.trainer.log import Log
-from plainloop.trainer.loop import Hook, Progress, StepOptions, Verdict, fit
+from plainloop.trainer.loop import Hook, Progress, StepOptions, Verdict, fit, warm_up
 from plainloop.trainer.optim import learning_rate, make_optimizer
-from plainloop.trainer.options import to_yaml
 from plainloop.trainer.precision import check_precision, make_scaler
-from plainloop.trainer.signals import StopRequest
-from plainloop.trainer.state import TrainState
+from plainloop.trainer.resume import find_checkpoint, guarantee, record, warn_of_slow_saves
+from plainloop.trainer.run_folder import hold
+from plainloop.trainer.saving import SaveCheckpoint
+from plainloop.trainer.signals import StopRequest, handlers_restored
+from plainloop.trainer.state import Place, TrainState
 from plainloop.trainer.tasks import make_task
+from plainloop.trainer.watch import CompareRanks, Watch
 
 TOKENS_PER_DEVICE = {"cuda": 8192, "cpu": 4096}
 
@@ -36,14 +38,15 @@ TOKENS_PER_DEVICE = {"cuda": 8192, "cpu": 4096}
 def train(config: TrainConfig) -> Verdict:
     """All ranks. Train from the start or from the run folder's newest checkpoint, to the end or a stop."""
     with ExitStack() as stack:
-        # Who and where.
+        stack.enter_context(handlers_restored())
+        # Who and where. Rank 0 holds the run folder; nobody else may write there.
         check_train_config(config)
         world = world_from_env(config.device)
         check_precision(config.precision, world.device)
+        end_with_agent()
         run_dir = Path(config.run_dir)
-        if world.is_main:
-            open_run_folder(run_dir)
         log = Log(run_dir, enabled=world.is_main, tensorboard=config.log.tensorboard)
+        folder = stack.enter_context(hold(run_dir, world.rank, log.say))
         stack.callback(log.close)
 
         # Data: tokenised by rank 0 before there is a process group that could time out.
@@ -56,21 +59,35 @@ def train(config: TrainConfig) -> Verdict:
             raise InputError(f"evaluation.best_metric {given}: this data gives {names}.")
         steps = task.steps(rows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
         total_steps = min(config.max_steps or 2**62, config.epochs * steps.sampler.steps_per_epoch)
-        stack.enter_context(process_group(world, timeout_s=config.timeout_s))
-        request = stack.enter_context(StopRequest(run_dir / "stop" if world.is_main else None).listening())
+
+        # Together from here on: signals ask for a stop, and a thread in each rank ends a run that hangs.
+        place, longest = Place(), max(config.start_timeout_s, config.timeout_s)
+        request = StopRequest(run_dir / "stop" if world.is_main else None)
+        stack.enter_context(request.listening(lambda reason: folder.failed(reason, 130, world.rank)))
+        stack.enter_context(process_group(world, timeout_s=longest + 60))
+        watch_s = {"first_s": config.start_timeout_s, "then_s": config.timeout_s}
+        watch = Watch(world, place, run_dir, lambda why: folder.failed(why, NUMERICAL, world.rank), **watch_s)
+        stack.enter_context(watch.watching())
 
         # Model: own newest good checkpoint > the pretrained one. A new head depends on the seed alone.
-        fingerprint = {"data": rows.path.name}
-        found = find_checkpoint(run_dir, config, fingerprint, world, log)
+        identity = record(config, world, rows.path.name, tokens)
+        found = find_checkpoint(run_dir, config, identity, steps.sampler, world, log)
+        folder.joined = True
         torch.manual_seed(config.seed)
+        place.at("loading the model", 0)
         model = task.load_model(str(found.path) if found else config.model.path, new_head=found is None)
         model.to(world.device).train()
         wrapped = wrap(model, world, compile_it=config.model.compile)
         scaler = make_scaler(config.precision, world.device)
-        state = TrainState(model, wrapped, make_optimizer(model, config.optim), scaler, world.device)
+        state = TrainState(model, wrapped, make_optimizer(model, config.optim), scaler, world.device, place)
         if found:
             checkpoints.restore(state, found, is_main=world.is_main)
-            log.say(f"continuing from {found.path} at step {state.step} of {total_steps}")
+            done = "; nothing is left to do" if state.step >= total_steps else ""
+            log.say(f"continuing from {found.path} at step {state.step} of {total_steps}{done}")
+            log.say(f"guaranteed: {guarantee(found, config, identity)}")
+        if world.is_main:
+            folder.status("running", step=state.step, began_at=state.step, total_steps=total_steps)
+            warn_of_slow_saves(folder.before, config, log)
         log.say(f"train: {steps.describe()}")
         for part, path, data in (("train", config.data.train, rows), ("dev", config.data.dev, dev_rows)):
             name = path if isinstance(path, str) else ", ".join(path or [])
@@ -80,97 +97,52 @@ def train(config: TrainConfig) -> Verdict:
 
         # What happens between steps, in this order. A hook of your own goes into this list.
         progress = Progress(state, total_steps, steps.sampler.steps_per_epoch)
-        watch, lr = Stopwatch(), learning_rate(config.optim, total_steps)
+        clock, lr = Stopwatch(), learning_rate(config.optim, total_steps)
         stop = Stop(request, config.stop_at_step)
+
+        def should_stop() -> bool:
+            place.tick()
+            return stop.agreed()
 
         def evaluate() -> dict[str, float] | None:
             assert dev_rows is not None
             return task.evaluate(
                 model, dev_rows, name=f"{run_dir} step {state.step}", config=config.evaluation,
                 precision=config.precision, tokens=config.evaluation.tokens_per_device or 2 * tokens,
-                folder=run_dir / "evaluation", should_stop=stop.agreed, training=True,
+                folder=run_dir / "evaluation", should_stop=should_stop, training=True,
             )  # fmt: skip
 
         save = SaveCheckpoint(
-            run_dir, lambda folder: task.save_model(model, folder), log, watch, world, config.checkpoint,
-            metric=config.evaluation.best_metric, saved_step=state.step,
-            extra={"config": dataclasses.asdict(config), "fingerprint": fingerprint},
+            folder, lambda path, weights: task.save_model(model, path, weights), log, clock, world,
+            config.checkpoint, metric=config.evaluation.best_metric, saved_step=state.step, extra=identity,
         )  # fmt: skip
+        stack.callback(save.close)
         hooks: list[Hook] = [
             stop,
-            NonFinite(config.optim.max_nonfinite_steps),
-            LogLine(log, config.log.every_steps, watch, lr),
-            *([Evaluate(evaluate, log, watch, config.evaluation)] if dev_rows is not None else []),
+            NonFinite(config.optim.max_nonfinite_steps, task.record_ids),
+            CompareRanks(world, config.compare_every_steps),
+            LogLine(log, config.log.every_steps, clock, lr),
+            *([Evaluate(evaluate, log, clock, config.evaluation)] if dev_rows is not None else []),
             save,
         ]
 
         # The loop.
         log.start(state.step, total_steps)
+        options = StepOptions(
+            task.loss_sum, lr, world, config.seed, config.precision, config.optim.max_grad_norm
+        )
+        if state.step < total_steps:
+            warm_up(state, steps.largest(), options)
         pin = world.device.type == "cuda"
         batches = step_batches(
             steps, start=state.step, total=total_steps, workers=config.data.workers, pin=pin
         )
-        options = StepOptions(
-            task.loss_sum, lr, world, config.seed, config.precision, config.optim.max_grad_norm
-        )
         verdict = fit(progress, batches, hooks, options)
-        if save.failed:
-            raise InputError(
-                f"the last checkpoint could not be written: {save.failed}; make room and start again."
-            )
+        place.at("closing", 0)
         log.say(f"{verdict.name.lower()} at step {state.step}" + (f": {state.stop}" if state.stop else ""))
+        folder.verdict = {"status": verdict.name.lower(), "step": state.step, "reason": state.stop}
+        folder.verdict["exit_code"] = verdict.value
     return verdict
-
-
-def open_run_folder(run_dir: Path) -> None:
-    """Rank 0 only. Make it, and show now, not hours later, that it can be written to."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".tmp-probe-{os.getpid()}"
-        checkpoints.write_atomically(probe, "probe")
-        probe.unlink()
-        (run_dir / "stop").unlink(missing_ok=True)  # of an earlier life
-    except OSError as error:
-        raise InputError(
-            f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."
-        ) from None
-
-
-def find_checkpoint(
-    run_dir: Path, config: TrainConfig, fingerprint: dict[str, Any], world: World, log: Log
-) -> Checkpoint | None:
-    """All ranks. Rank 0 looks and everybody follows. Raises InputError when the mathematics would change."""
-    answer: dict[str, Any] = {}
-    if world.is_main:
-        try:
-            found = look_for_checkpoint(run_dir, config, fingerprint, log)
-            answer = {"path": str(found.path), "state": found.state} if found else {}
-        except InputError as error:
-            answer = {"error": str(error)}
-    answer = broadcast_json(answer)
-    if "error" in answer:
-        raise InputError(answer["error"])
-    return Checkpoint(Path(answer["path"]), answer["state"]) if answer else None
-
-
-def look_for_checkpoint(
-    run_dir: Path, config: TrainConfig, fingerprint: dict[str, Any], log: Log
-) -> Checkpoint | None:
-    """Rank 0 only. The newest good checkpoint, if its options agree; leaves config.yaml in the run folder."""
-    folder = run_dir / "checkpoints"
-    checkpoints.sweep(folder)
-    found = checkpoints.newest_good(folder, log.say)
-    if found is not None:
-        changes = config_differences(config, found.state["config"])
-        if found.state["fingerprint"] != fingerprint and "data" not in config.checkpoint.allow_changes:
-            changes.append("data: the training data, the tokenizer or the code that reads them")
-        if changes:
-            raise InputError(
-                f"{run_dir} was trained with other options: {'; '.join(changes)}."
-                " Choose another run_dir, or name the options in --checkpoint.allow_changes."
-            )
-    checkpoints.write_atomically(run_dir / "config.yaml", to_yaml(config))
-    return found
 
 
 def wrap(model: nn.Module, world: World, *, compile_it: bool) -> nn.Module:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FILE_POLL_S = 1.0  # a stat on a network file system costs about 1 ms
+SECOND_S = 1.0  # a SIGINT within this time of the first is the same one, by way of torchrun
 
 
 class StopRequest:
@@ -28,16 +33,54 @@ class StopRequest:
         return self.reason is not None
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason == signal.Signals(number).name:
-            raise KeyboardInterrupt  # the second Ctrl-C means it
-        self.reason = signal.Signals(number).name
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+    def listening(self, at_once: Callable[[str], object]) -> Iterator[StopRequest]:
+        """From here on, see handlers_restored. at_once(reason) is told before a second SIGINT ends all."""
+        for number in NUMBERS:
+            signal.signal(number, self._on_signal)
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        old = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        threading.Thread(
+            target=_wait_for_second, args=(read_end, at_once), daemon=True, name="sigint"
+        ).start()
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signal.set_wakeup_fd(old)
+            os.close(write_end)  # the thread reads the end of it
+
+
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Leave the signal handlers as they were, when everything else is done."""
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals() -> None:
+    """The outcome is decided and on disk: a late signal must not change the exit code."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _wait_for_second(read_end: int, at_once: Callable[[str], object]) -> None:
+    """A thread, since the main one may be waiting for another rank, where Python handles no signal."""
+    first: float | None = None
+    while numbers := os.read(read_end, 64):
+        for number in numbers:
+            if number == signal.SIGINT and first is not None and time.monotonic() - first > SECOND_S:
+                reason = "a second SIGINT: ended at once, without a checkpoint"
+                at_once(reason)
+                print(f"plainloop: {reason}", file=sys.stderr, flush=True)
+                os._exit(130)
+            if number == signal.SIGINT and first is None:
+                first = time.monotonic()
+    os.close(read_end)

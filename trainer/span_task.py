@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from plainloop.data import features, squad, store, tokenise
 from plainloop.data.loader import SpanCollate, Steps
@@ -19,9 +19,10 @@ from plainloop.data.squad import read_squad
 from plainloop.data.store import Store
 from plainloop.data.types import Example, InputError
 from plainloop.models.cpu import speed_up_dropout
-from plainloop.models.load import checkpoint_activations, load_tokenizer
+from plainloop.models.load import checkpoint_activations, load_tokenizer, save_network
 from plainloop.models.spans import SpanModel, load_span_model, position_limit, span_loss_sum
-from plainloop.trainer.config import METRICS, DataConfig, EvaluationConfig, ModelConfig, TextConfig
+from plainloop.trainer.checks import METRICS
+from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, TextConfig
 from plainloop.trainer.distributed import World
 from plainloop.trainer.evaluate import Interrupted, decode, evaluate_spans, write_predictions
 
@@ -48,13 +49,17 @@ class SpanTask:
         if not isinstance(path, str):
             raise InputError(f"{', '.join(path)}: a span model takes one file or folder.")
         folder = store.cache_folder(self.data.cache_dir) / f"spans-{self._digest(path, limit)}"
-        if not self.world.is_main:
-            return store.wait_for(folder)
-        if part == "dev":
+        if part == "dev" and self.world.is_main:
             self.dev_examples = read_squad(path)
-        return store.build(
-            folder, lambda: self._make(self.dev_examples if part == "dev" else read_squad(path), limit)
-        )
+        if self.world.is_main:
+            rows = store.build(
+                folder, lambda: self._make(self.dev_examples if part == "dev" else read_squad(path), limit)
+            )
+        else:
+            rows = store.wait_for(folder)
+        if part == "train":
+            self.trained_on = (path, limit, rows)
+        return rows
 
     def load_model(self, path: str, *, new_head: bool) -> SpanModel:
         config = self.model_config
@@ -70,9 +75,8 @@ class SpanTask:
             speed_up_dropout(model.network)
         return model
 
-    def save_model(self, model: nn.Module, folder: Path) -> None:
-        assert isinstance(model, SpanModel)
-        model.network.save_pretrained(folder)
+    def save_model(self, model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+        save_network(model.network, folder, weights)
         self.tokenizer.save_pretrained(folder)
 
     def steps(self, windows: Store, *, batch_size: int, seed: int, tokens: int) -> Steps:
@@ -126,6 +130,12 @@ class SpanTask:
         code = [Path(str(module.__file__)) for module in (squad, features, tokenise, store)]
         options = [self.data.max_length, self.data.stride, limit, self.tokenizer.cls_token_id]
         return store.digest(Path(path), self.tokenizer_digest, options, *code)
+
+    def record_ids(self, rows: np.ndarray) -> list[str]:
+        path, limit, windows = self.trained_on
+        examples = read_squad(path)
+        kept = [examples[i] for i in subset(len(examples), limit)]
+        return list(dict.fromkeys(kept[i].id for i in windows.arrays["example"][rows]))
 
     def metric_names(self) -> list[str]:
         return METRICS["span"]

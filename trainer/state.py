@@ -5,8 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+
+
+@dataclass
+class Place:
+    """Where a rank is, for the thread that watches it. order grows within a step: who is behind?"""
+
+    step: int = 0
+    doing: str = "starting"
+    order: float = 0.0
+    ticks: int = 0  # signs of life
+    trained: bool = False  # a step, in this process
+
+    def at(self, doing: str, order: float) -> None:
+        self.doing, self.order, self.ticks = doing, order, self.ticks + 1
+
+    def tick(self) -> None:
+        """Still at it."""
+        self.ticks += 1
 
 
 @dataclass
@@ -15,7 +34,8 @@ class TrainState:
 
     The tensors below live on the device and are read only when a line is logged: loss_sum (fp64, this rank's
     share since the last line), grad_norm (of the last step), and of skipped steps the current run, the
-    longest run and the total. loss_count is what loss_sum, over all ranks, is to be divided by.
+    longest run and the total. loss_count is what loss_sum, over all ranks, is to be divided by. order is the
+    running digest of the rows of every global batch since step order_since; rows are those of the last one.
     """
 
     model: nn.Module
@@ -23,7 +43,11 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     device: torch.device
-    step: int = 0
+    place: Place = field(default_factory=Place)
+    step: int = 0  # steps that are done
+    order: str = ""
+    order_since: int = 0
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     loss_count: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     stop: str | None = None  # why to stop at this boundary
@@ -49,11 +73,13 @@ class TrainState:
         }
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse; every tensor must belong to a parameter."""
+        """The inverse. Raises ValueError for a tensor that belongs to no parameter."""
         parameters = dict(self.model.named_parameters())
         states: dict[str, dict[str, torch.Tensor]] = {}
         for path, tensor in tensors.items():
             name, _, key = path.rpartition("/")
+            if name not in parameters:
+                raise ValueError(f"{path}: the model has no such parameter")
             states.setdefault(name, {})[key] = tensor.to(parameters[name].device)
         for name, state in states.items():
             self.optimizer.state[parameters[name]] = state

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from plainloop.data.loader import Steps
@@ -28,11 +29,14 @@ class Task(Protocol):
     def load_model(self, path: str, *, new_head: bool) -> nn.Module:
         """From a folder or hub name. new_head: what the task adds to a pretrained model may be missing."""
 
-    def save_model(self, model: nn.Module, folder: Path) -> None:
-        """Rank 0 only. What transformers' from_pretrained reads."""
+    def save_model(self, model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Rank 0 only, in a thread. What from_pretrained reads, with these weights of the model."""
 
     def steps(self, rows: Store, *, batch_size: int, seed: int, tokens: int) -> Steps:
         """This rank's share of every optimizer step."""
+
+    def record_ids(self, rows: np.ndarray) -> list[str]:
+        """Ids of the training records behind these rows; reads the training file again."""
 
     def metric_names(self) -> list[str]:
         """What an evaluation of the prepared dev data gives."""

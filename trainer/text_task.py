@@ -20,7 +20,7 @@ from plainloop.data.samplers import Sampler, subset
 from plainloop.data.store import Store
 from plainloop.data.types import Answer, Example, InputError, TextExample
 from plainloop.models.cpu import speed_up_dropout
-from plainloop.models.load import checkpoint_activations, load_config, load_tokenizer
+from plainloop.models.load import checkpoint_activations, load_config, load_tokenizer, save_network
 from plainloop.models.seq2seq import (
     OVERFLOWS_IN_FP16,
     Seq2SeqModel,
@@ -77,19 +77,29 @@ class TextTask:
             *(Path(str(module.__file__)) for module in (causalqa, pairs, squad, tokenise, store)),
         )  # fmt: skip
         folder = store.cache_folder(self.data.cache_dir) / f"pairs-{digest}"
-        if not self.world.is_main:
-            return store.wait_for(folder)
-        if not training:
-            self.dev_examples = read_text(files, self.options)
-        return store.build(
-            folder,
-            lambda: self._make(
-                read_text(files, self.options) if training else self.dev_examples,
-                limit,
-                windows,
-                training,
-            ),
-        )
+        if self.world.is_main:
+            if not training:
+                self.dev_examples = read_text(files, self.options)
+            rows = store.build(
+                folder,
+                lambda: self._make(
+                    read_text(files, self.options) if training else self.dev_examples,
+                    limit,
+                    windows,
+                    training,
+                ),
+            )
+        else:
+            rows = store.wait_for(folder)
+        if training:
+            self.trained_on = (files, limit, rows)
+        return rows
+
+    def record_ids(self, rows: np.ndarray) -> list[str]:
+        files, limit, built = self.trained_on
+        examples = read_text(files, self.options)
+        kept = row_of_each_target([examples[i] for i in subset(len(examples), limit)])
+        return list(dict.fromkeys(kept[i].id for i in built.arrays["example"][rows]))
 
     def _check_options(self, squad: bool) -> None:
         """Options that this kind of training data would ignore in silence."""
@@ -111,8 +121,8 @@ class TextTask:
             speed_up_dropout(model.network)
         return model
 
-    def save_model(self, model: nn.Module, folder: Path) -> None:
-        cast(Any, model).network.save_pretrained(folder)
+    def save_model(self, model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+        save_network(model.network, folder, weights)
         self.tokenizer.save_pretrained(folder)
 
     def steps(self, rows: Store, *, batch_size: int, seed: int, tokens: int) -> Steps:

@@ -13,6 +13,7 @@ import torch
 
 from plainloop.data.types import InputError
 from plainloop.trainer.checkpoint import (
+    counters,
     newest_good,
     restore,
     retain,
@@ -40,16 +41,17 @@ def save(folder: Path, step: int) -> TrainState:
     from safetensors.torch import save_file
 
     state = state_at(step)
-    save_checkpoint(
-        folder,
-        state,
-        lambda path: save_file(state.model.state_dict(), path / "model.safetensors"),
-        {"loss_sum": 1.5},
-    )
+
+    def save_model(path: Path) -> None:
+        (path / "config.json").write_text("{}")
+        save_file(state.model.state_dict(), path / "model.safetensors")
+
+    more = {"loss_sum": 1.5, "fingerprint": {}, "surroundings": {}, "config": {"precision": "fp32"}}
+    save_checkpoint(folder, save_model, state.optimizer_tensors(), counters(state) | more, size=1000)
     return state
 
 
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 
 
 def remove(file: Path) -> None:
@@ -120,7 +122,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, state_at(2), fail, {})
+        save_checkpoint(tmp_path, fail, {}, {"step": 2}, size=1000)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 

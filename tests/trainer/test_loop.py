@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from plainloop.data.types import InputError, MicroBatch, StepBatch
 from plainloop.trainer.config import OptimConfig
 from plainloop.trainer.distributed import World
+from plainloop.trainer.errors import RunError
 from plainloop.trainer.hooks import best_step, due
 from plainloop.trainer.loop import StepOptions, Verdict, dropout_seed, train_step
 from plainloop.trainer.optim import learning_rate, make_optimizer, parameter_groups
@@ -40,7 +42,14 @@ def make(precision: str = "fp32") -> tuple[TrainState, StepOptions]:
 
 def batch(*targets: float) -> StepBatch:
     parts = [MicroBatch({"x": torch.ones(1, 3)}, {"y": torch.tensor([[t]])}) for t in targets]
-    return StepBatch(parts, divisor=len(targets), examples=len(targets), tokens=1, padded_tokens=1)
+    return StepBatch(
+        parts,
+        divisor=len(targets),
+        examples=len(targets),
+        tokens=1,
+        padded_tokens=1,
+        rows=np.arange(len(targets)),
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -83,7 +92,7 @@ def test_a_poisoned_run_stops_with_advice_and_shows_the_loss_as_it_is(
     weights = load_file(tmp_path / "poisoned/model.safetensors")
     next(iter(weights.values()))[:] = math.nan
     save_file(weights, tmp_path / "poisoned/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FloatingPointError, match="(?s)4 steps in a row, by step 4.*Try a lower optim.lr"):
+    with pytest.raises(RunError, match="(?s)4 steps in a row, by step 4.*Try a lower optim.lr"):
         train(**{"model.path": tmp_path / "poisoned", "optim.max_nonfinite_steps": 4})
     assert [record["loss"] for record in metrics(options["run_dir"], "train")] == ["nan"] * 3
     assert "SKIPPED 1 non-finite" in capsys.readouterr().err
@@ -278,7 +287,14 @@ def test_the_hot_path_never_asks_the_device_for_a_number(task: str, tiny_model: 
         labels = {"target": torch.tensor([5, 6, 1, 7, 1])}
     state = TrainState(model, model, make_optimizer(model, OptimConfig()), make_scaler("bf16", CPU), CPU)
     options = StepOptions(loss_sum, lambda _: 1e-3, World(0, 1, 0, CPU), 1, "bf16", 1.0)
-    step = StepBatch([MicroBatch(inputs, labels)] * 2, divisor=4, examples=4, tokens=50, padded_tokens=64)
+    step = StepBatch(
+        [MicroBatch(inputs, labels)] * 2,
+        divisor=4,
+        examples=4,
+        tokens=50,
+        padded_tokens=64,
+        rows=np.arange(4),
+    )
     with Watch() as watch:
         train_step(state, step, options)
         assert watch.reads == []
