@@ -67,7 +67,7 @@ def best_spans(
         in_range, start[index[:, None], starts][:, :, None] + end[index[:, None, None], ends], -np.inf
     )
 
-    sums = sums.reshape(len(rows), -1)
+    sums = sums.reshape(len(rows), sums.shape[1] * sums.shape[2])
     chosen = _top(sums, min(num_best, sums.shape[1]))
     score = np.take_along_axis(sums, chosen, axis=1)
     first = np.take_along_axis(starts, chosen // max_answer_length, axis=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,8 +146,13 @@ class Steps(Dataset[StepBatch]):
         )
 
 
-def step_batches(steps: Steps, *, start: int, total: int, workers: int, pin: bool) -> Iterator[StepBatch]:
-    """This rank's batches of steps start ... total - 1. Workers only fetch ahead; they decide nothing."""
+def step_batches(
+    steps: Steps, *, start: int, total: int, workers: int, pin: bool
+) -> Generator[StepBatch, None, None]:
+    """This rank's batches of steps start ... total - 1. Workers only fetch ahead; they decide nothing.
+
+    Close it: they ignore the signal by which the interpreter would end them, and it would wait for them.
+    """
     loader = DataLoader(
         steps,
         sampler=range(start, total),
@@ -158,7 +163,12 @@ def step_batches(steps: Steps, *, start: int, total: int, workers: int, pin: boo
         prefetch_factor=4 if workers else None,
         worker_init_fn=_serve_parent if workers else None,
     )
-    return iter(loader)
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        if workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
         return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted before there was anything to save", 130)
     except RuntimeError as error:
         message, code = _explain(error)
         return _fail(message, code)

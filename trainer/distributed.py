@@ -95,6 +95,7 @@ def worker_store(world: World, *, timeout_s: float, may_host: bool = False) -> d
     if not address or not port.isdigit():
         raise InputError(f"environment: {world.size} processes, but MASTER_ADDR or MASTER_PORT is not set.")
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout_s = min(timeout_s, 60) if hosted else timeout_s  # the agent, which started us, keeps it already
     try:
         store = dist.TCPStore(
             address, int(port), is_master=may_host and not hosted and world.is_main, multi_tenant=True,

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,15 @@ class Log:
                 text, file=sys.stderr, flush=True
             )
 
-    def start(self, step: int, total_steps: int) -> None:
-        """Rank 0 only. Forget what was recorded after `step`: a resumed run writes it again."""
+    def start(self, step: int, total_steps: int, evaluated: Collection[int]) -> None:
+        """Rank 0 only. Forget what was recorded after `step`, and evaluations that the checkpoint does not
+        know (of its own step): a resumed run writes them again.
+        """
         if not self._enabled:
             return
         if self._file.exists():
-            kept = [
-                line for line in self._file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step
-            ]
+            lines = self._file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _is_past(line, step, evaluated)]
             write_atomically(self._file, "".join(line + "\n" for line in kept))
         if self._tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -87,9 +89,10 @@ class Log:
             self._writer.close()
 
 
-def _step_of(line: str) -> float:
-    """A line that was cut by a kill counts as too new."""
+def _is_past(line: str, step: int, evaluated: Collection[int]) -> bool:
+    """A line that was cut by a kill is not."""
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        return record["step"] <= step and (record["kind"] != "evaluation" or record["step"] in evaluated)
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False

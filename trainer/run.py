@@ -60,10 +60,8 @@ def train(config: TrainConfig) -> Verdict:
         steps = task.steps(rows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
         total_steps = min(config.max_steps or 2**62, config.epochs * steps.sampler.steps_per_epoch)
 
-        # Together from here on: signals ask for a stop, and a thread in each rank ends a run that hangs.
+        # Together from here on; a thread in each rank ends a run that hangs.
         place, longest = Place(), max(config.start_timeout_s, config.timeout_s)
-        request = StopRequest(run_dir / "stop" if world.is_main else None)
-        stack.enter_context(request.listening(lambda reason: folder.failed(reason, 130, world.rank)))
         stack.enter_context(process_group(world, timeout_s=longest + 60))
         watch_s = {"first_s": config.start_timeout_s, "then_s": config.timeout_s}
         watch = Watch(world, place, run_dir, lambda why: folder.failed(why, NUMERICAL, world.rank), **watch_s)
@@ -98,6 +96,7 @@ def train(config: TrainConfig) -> Verdict:
         # What happens between steps, in this order. A hook of your own goes into this list.
         progress = Progress(state, total_steps, steps.sampler.steps_per_epoch)
         clock, lr = Stopwatch(), learning_rate(config.optim, total_steps)
+        request = StopRequest(run_dir / "stop" if world.is_main else None)
         stop = Stop(request, config.stop_at_step)
 
         def should_stop() -> bool:
@@ -126,17 +125,19 @@ def train(config: TrainConfig) -> Verdict:
             save,
         ]
 
-        # The loop.
-        log.start(state.step, total_steps)
+        # The loop. Until here a signal ends the program as usual; now it asks for a stop with a checkpoint.
+        log.start(state.step, total_steps, {record["step"] for record in state.evaluations})
         options = StepOptions(
             task.loss_sum, lr, world, config.seed, config.precision, config.optim.max_grad_norm
         )
         if state.step < total_steps:
             warm_up(state, steps.largest(), options)
+        stack.enter_context(request.listening(lambda reason: folder.failed(reason, 130, world.rank)))
         pin = world.device.type == "cuda"
         batches = step_batches(
             steps, start=state.step, total=total_steps, workers=config.data.workers, pin=pin
         )
+        stack.callback(batches.close)
         verdict = fit(progress, batches, hooks, options)
         place.at("closing", 0)
         log.say(f"{verdict.name.lower()} at step {state.step}" + (f": {state.stop}" if state.stop else ""))

@@ -1,0 +1,48 @@
+"""`plainloop` with faults on order: the environment variable FAULT holds JSON. Run like trainer/__main__.py.
+
+rank            whom it happens to (default: all)
+slow_save_s     every save takes so much longer
+slow_step_s     every step takes so much longer
+hang_at         before this step the main thread sleeps for ever
+poison_at       before this step one weight becomes NaN
+drift_at        before this step one bit of one weight flips
+"""
+
+import json
+import os
+import time
+from typing import Any
+
+from plainloop.trainer import checkpoint, loop
+from plainloop.trainer.cli import main
+
+FAULT = json.loads(os.environ.get("FAULT", "{}"))
+HERE = int(os.environ.get("RANK", 0)) == FAULT.get("rank", int(os.environ.get("RANK", 0)))
+settle, train_step = checkpoint._settle, loop.train_step
+
+
+def slow_settle(*arguments: Any) -> None:
+    time.sleep(FAULT.get("slow_save_s", 0))
+    settle(*arguments)
+
+
+def faulty_step(state: Any, *arguments: Any) -> None:
+    import torch
+
+    time.sleep(FAULT.get("slow_step_s", 0))
+    weight = next(state.model.parameters())
+    if state.step == FAULT.get("hang_at"):
+        time.sleep(1000)
+    if state.step == FAULT.get("poison_at"):
+        weight.data[0, 0] = torch.nan
+    if state.step == FAULT.get("drift_at"):
+        weight.data.view(torch.int32)[0, 0] ^= 1
+    train_step(state, *arguments)
+
+
+if HERE:
+    checkpoint._settle = slow_settle
+    loop.train_step = faulty_step
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,161 @@
+"""Ranks that die, hang or go wrong; folders that are full, held, or tampered with. Real processes."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SLOW = {"slow_step_s": 0.05}
+EVERY_5 = {"checkpoint.every_steps": 5}
+
+
+def test_a_killed_rank_is_replaced_and_the_bits_are_the_same(
+    start: Any, finish: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+) -> None:
+    whole = finish(2, run_dir=tmp_path / "whole")
+    job = start(2, fault=SLOW, torchrun=["--max-restarts=1"], **EVERY_5)
+    job.wait_for_step(12)
+    job.signal_rank(1, signal.SIGKILL)
+    assert job.end() == 0, job.output()
+    assert "continuing from" in job.output() and "lost another rank" in job.log.read_text()
+    assert_same_bits(tensors(job.run_dir, 30), tensors(whole.run_dir, 30))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_replaced_ten_times_of_ten(rank: int, start: Any) -> None:
+    job = start(2, fault={"slow_step_s": 0.1}, torchrun=["--max-restarts=5"], **EVERY_5)
+    for life in range(5):
+        began = 5 * life
+        job.wait_until(lambda began=began: job.steps_done() >= began + 6)
+        pid = job.ranks()[rank]
+        os.kill(pid, signal.SIGKILL)
+        job.wait_until(lambda pid=pid: len(job.ranks()) == 2 and job.ranks()[rank] != pid)
+    assert job.end() == 0, job.output()
+    assert job.log.read_text().count("continuing from") == 5
+
+
+def test_a_stopped_rank_is_found_out(start: Any) -> None:
+    job = start(2, fault=SLOW, timeout_s=4)
+    job.wait_for_step(3)
+    victim = job.ranks()[1]
+    os.kill(victim, signal.SIGSTOP)
+    stopped = time.monotonic()
+    job.wait_until(lambda: job.status()["status"] == "failed", 30)
+    assert time.monotonic() - stopped < 15
+    status = job.status()
+    assert status["exit_code"] == 70
+    who = f"rank 1 (host {socket.gethostname()}, process {victim}) at step"
+    assert f"no sign of life from {who}" in status["reason"]
+    os.kill(victim, signal.SIGKILL)  # or 30 s later by torchrun
+    assert job.end() != 0
+    assert "train_step" in (job.run_dir / "hang-rank-0.txt").read_text()
+
+
+def test_a_rank_that_sleeps_is_named_with_its_place(start: Any) -> None:
+    job = start(2, fault={"rank": 1, "hang_at": 5}, timeout_s=4)
+    job.wait_for_step(5)
+    assert job.end(60) != 0
+    reason = job.status()["reason"]
+    assert "at step 5, waiting for data; waited for by rank 0" in reason and "rank 1 (host" in reason
+    assert "faulty_step" in (job.run_dir / "hang-rank-1.txt").read_text()
+    assert "plainloop: error: no progress for" in job.output()
+
+
+def test_two_jobs_one_run_folder(start: Any, finish: Any) -> None:
+    first = start(0, fault={"slow_step_s": 0.5})
+    first.wait_for_step(1)
+    second = start(0)
+    assert second.end(40) == 2
+    assert f"host {socket.gethostname()}, process {first.process.pid}" in second.output()
+    assert first.status()["status"] == "running"
+    first.process.kill()
+    first.process.wait()
+    assert "the lock of a run that is gone is taken over" in finish(0).output()
+
+
+def test_a_run_whose_folder_was_taken_over_writes_nothing_more(start: Any) -> None:
+    job = start(0, fault=SLOW)
+    job.wait_for_step(2)
+    (job.run_dir / "lock").write_text(json.dumps({"token": "another", "host": "n2", "pid": 1, "job": "77"}))
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 74
+    assert "now belongs to host n2, process 1, job 77" in job.output()
+    assert not list((job.run_dir / "checkpoints").glob("*"))
+    assert json.loads((job.run_dir / "lock").read_text())["token"] == "another"
+
+
+def test_weights_that_differ_between_ranks_end_the_run(start: Any) -> None:
+    job = start(3, fault={"rank": 2, "drift_at": 4}, compare_every_steps=3)
+    assert job.end() != 0
+    assert "after step 6 the weights of rank 2 differs from those of the other ranks" in job.output()
+    assert job.status()["exit_code"] == 70 and not list(job.run_dir.glob("checkpoints/step-*"))
+
+
+def test_broken_weights_are_never_saved(start: Any) -> None:
+    job = start(0, fault={"poison_at": 5}, **{"checkpoint.every_steps": 4, "optim.max_nonfinite_steps": 20})
+    assert job.end() == 70
+    assert "the weights are NaN or Inf after step 8, which is not saved" in job.output()
+    assert [p.name for p in (job.run_dir / "checkpoints").glob("*")] == ["step-00000004"]
+    assert "loss nan" in job.output()
+
+
+def test_bad_steps_end_the_run_with_the_records(start: Any) -> None:
+    job = start(0, fault={"poison_at": 5}, **{"optim.max_nonfinite_steps": 4})
+    assert job.end() == 70
+    assert "Records of the last step: train-" in job.output(), job.output()
+
+
+def test_a_killed_loader_worker_is_told_within_a_second(start: Any) -> None:
+    job = start(0, fault={"slow_step_s": 0.3}, **{"data.workers": 1})
+    job.wait_for_step(2)
+    (worker,) = job.children_of(0)
+    killed = time.monotonic()
+    os.kill(worker, signal.SIGKILL)
+    job.wait_until(lambda: job.status()["status"] == "failed", 10)
+    assert time.monotonic() - killed < 1.5
+    assert job.end() == 70
+    assert "a loader process was killed, most likely for lack of memory" in job.output()
+
+
+def test_a_full_disk_makes_room_by_retention_and_goes_on(start: Any, small_disk: Path) -> None:
+    job = start(0, fault=SLOW, run_dir=small_disk / "run", **{"checkpoint.every_steps": 3})
+    job.wait_until(lambda: (small_disk / "run/checkpoints/step-00000006").exists())
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk)
+    ballast.write_bytes(b"x" * (free.f_bavail * free.f_bsize - 100_000))
+    job.wait_until(lambda: "checkpoint NOT saved" in job.output())
+    names = [p.name for p in (small_disk / "run/checkpoints").glob("*")]
+    assert len(names) == 1 and names[0].startswith("step-")
+    ballast.unlink()
+    assert job.end() == 0, job.output()
+    assert (small_disk / "run/checkpoints/step-00000030").exists()
+
+
+def test_a_port_that_is_taken_and_half_an_environment(start: Any, launch: Any, options: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        taken = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        result = launch(0, "train", options, expect=2, **taken)
+        assert f"port {port} is taken" in result.stderr
+    cases = {
+        "RANK": {"RANK": "0"},
+        "MASTER_ADDR": {"RANK": "0", "WORLD_SIZE": "2"},
+        "no such interface": {"GLOO_SOCKET_IFNAME": "ib7"},
+    }
+    for message, environment in cases.items():
+        assert message in launch(0, "train", options, expect=2, **environment).stderr
+
+
+def test_fewer_examples_than_ranks(finish: Any, tmp_path: Path, options: Any) -> None:
+    content = json.loads(Path(options["data.train"]).read_text())
+    article = content["data"][0]
+    article["paragraphs"] = [{**article["paragraphs"][0], "qas": article["paragraphs"][0]["qas"][:1]}]
+    (tmp_path / "one.json").write_text(json.dumps({"version": "v2.0", "data": [article]}))
+    job = finish(2, max_steps=2, **{"data.train": tmp_path / "one.json", "data.dev": tmp_path / "one.json"})
+    assert job.status()["step"] == 2

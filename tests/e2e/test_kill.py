@@ -1,0 +1,108 @@
+"""Killed anywhere, nothing lost, nothing changed: the bits of a run that was never touched."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KILLS = 44
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("processes", [3, 4])
+def test_resume_is_exact_on_more_ranks(
+    processes: int,
+    precision: str,
+    finish: Any,
+    start: Any,
+    tensors: Any,
+    assert_same_bits: Any,
+    tmp_path: Path,
+) -> None:
+    """One group of processes after the other: stopped by a kill after step 3, and replaced."""
+    changes = {"precision": precision, "max_steps": 6, "checkpoint.every_steps": 3}
+    whole = finish(processes, restarts=0, run_dir=tmp_path / "whole", **changes)
+    job = start(processes, restarts=3, fault={"slow_step_s": 0.3}, **changes)
+    job.wait_until(lambda: (job.run_dir / "checkpoints/step-00000003").exists())
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    assert job.end() == 0, job.output()
+    assert "guaranteed: the same bits" in job.output()
+    assert_same_bits(tensors(job.run_dir, 6), tensors(whole.run_dir, 6))
+
+
+@pytest.mark.slow
+def test_forty_kills(
+    start: Any, finish: Any, options: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+) -> None:
+    """SIGKILL to a random rank, or now and then to the agent: many 0 to 250 ms after a save began, the others
+    at any moment. With dropout, buckets, loader workers, evaluations and background saves.
+    """
+    seed = int(os.environ.get("PLAINLOOP_KILL_SEED") or time.time_ns() % 10**6)
+    print(f"PLAINLOOP_KILL_SEED={seed}")
+    chance = random.Random(seed)
+    steps = 15 * 16
+    changes = {
+        "epochs": 16, "checkpoint.every_steps": 4, "data.dev": options["data.train"],
+        "evaluation.every_steps": 10, "data.workers": 1,
+    }  # fmt: skip
+    whole = finish(2, restarts=0, run_dir=tmp_path / "whole", **changes)
+    fault = {"slow_step_s": 0.03, "slow_save_s": 0.15}
+    job = start(2, restarts=100, fault=fault, **changes)
+    folder, kills = job.run_dir / "checkpoints", Counter[str]()
+    began = time.monotonic()
+    while kills.total() < KILLS:
+        pids = job.ranks()
+        if len(pids) < 2:
+            assert job.process.poll() is None, f"done too soon, after {kills}:\n{job.output()}"
+            time.sleep(0.01)
+            continue
+        left = set(folder.glob(".tmp-step-*"))  # by the last kill
+        kind = "agent" if chance.random() < 0.07 else chance.choice(["saving", "saving", "any"])
+        if kind == "saving":
+            wait(
+                lambda job=job, pids=pids, left=left: (
+                    set(folder.glob(".tmp-step-*")) - left or job.ranks() != pids
+                )
+            )
+        delay_s = chance.uniform(0, 0.25 if kind == "saving" else 2.5)
+        time.sleep(delay_s)
+        victim = job.process.pid if kind == "agent" else chance.choice(list(pids.values()))
+        if not Path(f"/proc/{victim}").exists():
+            continue
+        os.kill(victim, signal.SIGKILL)
+        kills[kind] += 1
+        newest = max((p.name for p in folder.glob("step-*")), default="none")
+        after_s = time.monotonic() - began
+        print(f"{after_s:.1f} s: kill {kills.total()}: {kind}, {delay_s * 1000:.0f} ms; newest {newest}")
+        if kind == "agent":
+            job.end(30)
+            job = start(2, restarts=100, fault=fault, **changes)
+        else:
+            wait(lambda job=job, v=victim: len(r := job.ranks()) == 2 and v not in r.values())
+    assert job.end(120) == 0, job.output()
+    print(f"{dict(kills)}, {steps} steps: weights, optimizer state, losses, evaluations equal?")
+    assert_same_bits(tensors(job.run_dir, steps), tensors(whole.run_dir, steps))
+    assert losses(metrics, job.run_dir) == losses(metrics, whole.run_dir)
+    evaluations = [
+        [{**r, "seconds": 0} for r in metrics(d, "evaluation")] for d in (job.run_dir, whole.run_dir)
+    ]
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == steps // 10
+    assert not [p for p in folder.iterdir() if not p.name.startswith("step-")]
+
+
+def wait(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def losses(metrics: Any, run_dir: Any) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in metrics(run_dir, "train")]

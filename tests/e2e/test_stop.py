@@ -1,0 +1,128 @@
+"""Asked to stop, in every way there is: all ranks save the same step, and the next start goes on.
+
+FAULTS: which process gets the signal, when, and how often.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plainloop.trainer.checkpoint import verify
+
+SLOW = {"slow_step_s": 0.05}
+ANY_SIGNAL = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+def assert_stopped(job: Any, *, after: int = 1, reason: str = "") -> int:
+    """One checkpoint, of the step that status.json tells; returns the step."""
+    status = job.status()
+    assert status["status"] == "stopped" and status["exit_code"] == 75, job.output()
+    assert reason in status["reason"] or status["reason"].startswith("another rank"), status
+    assert after <= status["step"] < 30
+    (saved,) = (job.run_dir / "checkpoints").glob("*")
+    assert saved.name == f"step-{status['step']:08d}" and verify(saved) is None
+    assert not (job.run_dir / "lock").exists()
+    return int(status["step"])
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "torchrun"),
+    [
+        pytest.param(signal.SIGTERM, "rank 0, then rank 1", [], id="SIGTERM-0.6s-apart"),
+        pytest.param(signal.SIGUSR1, "agent", [ANY_SIGNAL], id="SIGUSR1-agent", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "agent", [], id="SIGTERM-agent", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "agent", [], id="SIGINT-agent", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "ranks, then agent", [], id="SIGTERM-all", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "rank 1", [], id="SIGUSR1-one-rank", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to(number: int, to: str, torchrun: list[str], start: Any) -> None:
+    job = start(2, fault=SLOW, torchrun=torchrun, **{"data.workers": 2})
+    job.wait_for_step(3)
+    ranks = job.ranks()
+    targets = {
+        "agent": [job.process.pid], "rank 1": [ranks[1]], "rank 0, then rank 1": [ranks[0], ranks[1]],
+        "ranks, then agent": [ranks[0], ranks[1], job.process.pid],
+    }[to]  # fmt: skip
+    for i, pid in enumerate(targets):
+        time.sleep(0.6 * (i > 0))
+        if Path(f"/proc/{pid}").exists():
+            os.kill(pid, number)
+    assert job.end() != 0
+    assert_stopped(job, after=3, reason=signal.Signals(number).name)
+
+
+def test_the_stop_file_works_under_max_restarts_too(start: Any, finish: Any) -> None:
+    """torchrun would restart ranks that exit with a code of their own."""
+    job = start(2, fault=SLOW, torchrun=["--max-restarts=1"])
+    job.wait_for_step(3)
+    (job.run_dir / "stop").touch()
+    assert job.end() == 0
+    step = assert_stopped(job, after=3, reason="the file")
+    assert f"continuing from {job.run_dir}/checkpoints/step-{step:08d}" in finish(2).output()
+
+
+def test_second_signal_while_saving_changes_nothing(start: Any) -> None:
+    job = start(0, fault={**SLOW, "slow_save_s": 3})
+    job.wait_for_step(2)
+    for _ in range(3):  # during the step, the save, and the end of the interpreter
+        job.process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+    assert job.end() == 75
+    assert_stopped(job, after=2, reason="SIGTERM")
+
+
+def test_a_second_sigint_ends_at_once(start: Any) -> None:
+    job = start(0, fault={**SLOW, "slow_save_s": 60})
+    job.wait_for_step(2)
+    job.process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    job.process.send_signal(signal.SIGINT)
+    assert job.end(5) == 130
+    assert job.status()["status"] == "failed" and "second SIGINT" in job.status()["reason"]
+
+
+def test_a_stop_during_an_evaluation(start: Any, options: Any, finish: Any) -> None:
+    dev = {
+        "data.dev": options["data.train"],
+        "evaluation.every_steps": 4,
+        "evaluation.tokens_per_device": 100,
+    }
+    job = start(0, fault=SLOW, **dev)
+    job.wait_for_step(4)  # the line is written before the evaluation, of 120 batches, begins
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 75
+    assert assert_stopped(job, reason="evaluation") == 4
+    done = finish(0, **dev)
+    assert done.status()["status"] == "completed" and '"kind": "evaluation", "step": 4' in (
+        (job.run_dir / "metrics.jsonl").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_grace_too_short_keeps_the_old_checkpoint_and_the_next_start_warns(start: Any, finish: Any) -> None:
+    changes = {"checkpoint.every_steps": 5, "checkpoint.async": "false", "checkpoint.grace_s": 3}
+    job = start(2, fault={**SLOW, "slow_save_s": 4}, torchrun=["--shutdown-timeout=3"], **changes)
+    job.wait_for_step(7)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() != 0
+    assert job.status()["status"] == "running"  # killed: nobody could say more
+    (saved,) = (job.run_dir / "checkpoints").glob("step-*")
+    assert saved.name == "step-00000005" and verify(saved) is None
+    assert "WARNING: a save takes 4 s, and after a signal there are 3 s" in finish(2, **changes).output()
+    assert not list((job.run_dir / "checkpoints").glob(".tmp-*"))
+
+
+def test_ranks_end_when_their_agent_is_killed(start: Any) -> None:
+    job = start(2, fault=SLOW, **{"data.workers": 1})
+    job.wait_for_step(3)
+    workers = job.children_of(0) + job.children_of(1)
+    job.seen |= set(workers)
+    assert len(workers) >= 2
+    job.process.kill()
+    job.end(20)
+    assert_stopped(job, after=3, reason="SIGTERM")
