@@ -1,0 +1,114 @@
+"""What a resume refuses, allows, and promises; and what a finished run does when it is started again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plainloop.data.types import InputError
+from plainloop.trainer.loop import Verdict
+
+
+def test_a_changed_option_is_refused_or_allowed_by_name(options: Any, train: Any, capsys: Any) -> None:
+    train(stop_at_step=2)
+    with pytest.raises(
+        InputError, match=r"optim.lr: 0.001 -> 0.002; seed: 42 -> 43|seed: 42 -> 43; optim.lr"
+    ):
+        train(seed=43, **{"optim.lr": 2e-3})
+    allowed = {"optim.lr": 2e-3, "checkpoint.allow_changes": "[optim.lr]"}
+    assert train(stop_at_step=4, **allowed) == Verdict.STOPPED
+    assert "guaranteed: weights and optimizer state only, as allowed: optim.lr" in capsys.readouterr().err
+    assert train(stop_at_step=6, **{"optim.lr": 2e-3}) == Verdict.STOPPED  # it is this run's now
+    assert "guaranteed: the same bits" in capsys.readouterr().err
+
+
+def test_one_changed_line_of_the_data_is_refused(options: Any, train: Any, tmp_path: Path) -> None:
+    train(stop_at_step=2)
+    content = json.loads(Path(options["data.train"]).read_text())
+    content["data"][0]["paragraphs"][0]["qas"][0]["question"] += "?"
+    (tmp_path / "changed.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="data: the training data"):
+        train(**{"data.train": tmp_path / "changed.json"})
+
+
+def test_another_layout_changes_rounding_alone(train: Any, capsys: Any) -> None:
+    train(stop_at_step=2)
+    train(stop_at_step=3, tokens_per_device=300)
+    said = capsys.readouterr().err
+    assert "the same data and schedule, other rounding: tokens_per_device 200 -> 300" in said
+
+
+def test_a_sampler_that_deals_out_other_rows_is_found_out(
+    options: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a numpy with another permutation would."""
+    from plainloop.data.samplers import Sampler
+
+    train(stop_at_step=3)
+    original = Sampler.epoch_batches
+    monkeypatch.setattr(Sampler, "epoch_batches", lambda self, epoch: original(self, epoch)[::-1])
+    with pytest.raises(InputError, match="its 3 steps were trained on other rows"):
+        train()
+
+
+def test_a_finished_run_is_left_as_it_is(options: Any, train: Any, capsys: Any, tensors: Any) -> None:
+    assert train(max_steps=3) == Verdict.COMPLETED
+    checkpoint = Path(options["run_dir"]) / "checkpoints/step-00000003"
+    before = {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
+    capsys.readouterr()
+    assert train(max_steps=3) == Verdict.COMPLETED
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert before == {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["true", "false"])
+def test_saves_in_the_background_and_without_are_the_same(
+    how: str, options: Any, train: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+) -> None:
+    train(max_steps=4, run_dir=tmp_path / "other", **{"checkpoint.every_steps": 1})
+    train(max_steps=4, **{"checkpoint.every_steps": 1, "checkpoint.async": how})
+    for step in (3, 4):
+        assert_same_bits(tensors(options["run_dir"], step), tensors(tmp_path / "other", step))
+
+
+def test_every_file_of_a_real_checkpoint_is_guarded(options: Any, train: Any) -> None:
+    """One flipped bit, a cut tail or a missing file: found, and named."""
+    from plainloop.trainer.checkpoint import verify
+
+    train(stop_at_step=1)
+    folder = Path(options["run_dir"]) / "checkpoints/step-00000001"
+    files = list(folder.iterdir())
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+        for damaged in (flipped, content[:-1]):
+            file.write_bytes(damaged)
+            assert file.name in str(verify(folder)) or file.name == "manifest.json" and verify(folder)
+        file.unlink()
+        assert file.name in str(verify(folder))
+        file.write_bytes(content)
+    assert verify(folder) is None
+
+
+@pytest.mark.parametrize("key", ["optimizer.safetensors", "scaler", "order"])
+def test_partial_state_is_refused_even_with_a_fitting_manifest(key: str, options: Any, train: Any) -> None:
+    import hashlib
+
+    train(stop_at_step=1)
+    folder = Path(options["run_dir"]) / "checkpoints/step-00000001"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if key in manifest:
+        (folder / key).unlink()
+        del manifest[key]
+    else:
+        state = json.loads((folder / "state.json").read_text())
+        del state[key]
+        (folder / "state.json").write_text(json.dumps(state))
+        content = (folder / "state.json").read_bytes()
+        manifest["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"no checkpoint in .* is good.*(?s:.*){key}"):
+        train()
