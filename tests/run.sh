@@ -13,4 +13,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "${select[@]}" "$@"
+# Most of the time goes into imports of processes that tests start: two tests at once.
+exec env OMP_NUM_THREADS=1 python -m pytest -n 2 "${select[@]}" "$@"

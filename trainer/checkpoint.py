@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,12 +258,21 @@ def _sha256(path: Path) -> str:
 
 def _settle(folder: Path) -> None:
     """Permissions by the umask (safetensors writes 0600), and everything on the disk."""
-    umask = os.umask(0)
-    os.umask(umask)
+    umask = _umask()
     for file in folder.iterdir():
         file.chmod(0o666 & ~umask)
         _sync(file)
     _sync(folder)
+
+
+def _umask() -> int:
+    """Without setting it, on Linux: this may be a thread, and another one create a file meanwhile."""
+    if not sys.platform.startswith("linux"):
+        umask = os.umask(0)
+        os.umask(umask)
+        return umask
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))
 
 
 def _sync(path: Path) -> None:

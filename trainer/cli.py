@@ -63,7 +63,7 @@ def _explain(error: RuntimeError) -> tuple[str, int]:
     text, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
     if isinstance(error, RunError):
         return text, error.exit_code
-    if "DataLoader worker" in text and "killed" in text:
+    if text.startswith("DataLoader worker (pid"):
         remedy = "most likely for lack of memory: lower --data.workers, or ask for more memory"
         return f"rank {rank}: a loader process was killed, {remedy} ({text[:200]}).", NUMERICAL
     if any(mark in text for mark in LOST_RANK):

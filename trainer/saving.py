@@ -184,10 +184,10 @@ class SaveCheckpoint:
         folder = self.folder.path / "checkpoints"
         saved = [r for r in evaluations if (folder / f"{checkpoints.PREFIX}{r['step']:08d}").exists()]
         best = best_step(saved, self.metric)
+        if best is not None:  # first the link, so that a reader finds what it leads to
+            _point(self.folder.path / "best", Path("checkpoints") / f"{checkpoints.PREFIX}{best:08d}")
         keep = max(1, self.config.keep_last - making_room)
         checkpoints.retain(folder, keep_last=keep, best_step=best)
-        if best is not None:
-            _point(self.folder.path / "best", Path("checkpoints") / f"{checkpoints.PREFIX}{best:08d}")
 
 
 def too_slow(seconds: float, grace_s: float) -> str:

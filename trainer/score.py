@@ -142,10 +142,13 @@ def checkpoint_path(path: str) -> str:
 
     folder = Path(path)
     if (folder / "best").exists():
-        best = (folder / "best").resolve()
-        if fault := verify(best):
-            raise InputError(f"{best}: this checkpoint is damaged: {fault}; name another one with --model.")
-        return str(best)
+        for _ in range(3):
+            best = (folder / "best").resolve()
+            if not (fault := verify(best)):
+                return str(best)
+            if (folder / "best").resolve() == best:  # else a run in progress has found a better one meanwhile
+                break
+        raise InputError(f"{best}: this checkpoint is damaged: {fault}; name another one with --model.")
     if not (folder / "checkpoints").is_dir():
         return path
     for candidate in sorted((folder / "checkpoints").glob(f"{PREFIX}*"), reverse=True):

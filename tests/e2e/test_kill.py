@@ -15,8 +15,7 @@ KILLS = 44
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("processes", [3, 4])
+@pytest.mark.parametrize(("processes", "precision"), [(3, "fp32"), (4, "bf16")])
 def test_resume_is_exact_on_more_ranks(
     processes: int,
     precision: str,

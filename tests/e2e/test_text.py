@@ -46,6 +46,7 @@ def test_two_processes_stopped_and_continued(
     assert losses(metrics, tmp_path / "stopped") == losses(metrics, text_options["run_dir"])
 
 
+@pytest.mark.slow
 def test_one_process_and_two_give_the_same_curve_and_the_same_texts(
     text_options: Any, text_files: tuple[Path, Path], launch: Any, metrics: Any, tmp_path: Path
 ) -> None:

@@ -287,14 +287,8 @@ def test_the_hot_path_never_asks_the_device_for_a_number(task: str, tiny_model: 
         labels = {"target": torch.tensor([5, 6, 1, 7, 1])}
     state = TrainState(model, model, make_optimizer(model, OptimConfig()), make_scaler("bf16", CPU), CPU)
     options = StepOptions(loss_sum, lambda _: 1e-3, World(0, 1, 0, CPU), 1, "bf16", 1.0)
-    step = StepBatch(
-        [MicroBatch(inputs, labels)] * 2,
-        divisor=4,
-        examples=4,
-        tokens=50,
-        padded_tokens=64,
-        rows=np.arange(4),
-    )
+    parts = [MicroBatch(inputs, labels)] * 2
+    step = StepBatch(parts, divisor=4, examples=4, tokens=50, padded_tokens=64, rows=np.arange(4))
     with Watch() as watch:
         train_step(state, step, options)
         assert watch.reads == []

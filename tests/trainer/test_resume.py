@@ -72,6 +72,32 @@ def test_saves_in_the_background_and_without_are_the_same(
         assert_same_bits(tensors(options["run_dir"], step), tensors(tmp_path / "other", step))
 
 
+def test_a_reader_beside_a_run_always_finds_a_good_checkpoint(options: Any, train: Any) -> None:
+    """`evaluate --model RUN` while the run saves, finds better ones, and deletes the others."""
+    import threading
+
+    from plainloop.trainer.score import checkpoint_path
+
+    run_dir, found, ended = Path(options["run_dir"]), [], threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            if (run_dir / "best").exists():
+                try:
+                    found.append(checkpoint_path(str(run_dir)))
+                except InputError as error:
+                    found.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    often = {"checkpoint.every_steps": 1, "checkpoint.keep_last": 1, "evaluation.every_steps": 1}
+    train(max_steps=20, **often, **{"data.dev": options["data.train"], "evaluation.best_metric": "loss"})
+    ended.set()
+    reader.join()
+    assert len(found) > 20 and len(set(found)) > 3
+    assert not [path for path in found if not path.startswith(str(run_dir / "checkpoints/step-"))]
+
+
 def test_every_file_of_a_real_checkpoint_is_guarded(options: Any, train: Any) -> None:
     """One flipped bit, a cut tail or a missing file: found, and named."""
     from plainloop.trainer.checkpoint import verify

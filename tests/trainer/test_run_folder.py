@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 from plainloop.data.types import InputError
 from plainloop.trainer import run_folder
 from plainloop.trainer.checkpoint import newest_good, verify, write_atomically
+from plainloop.trainer.distributed import process_group, world_from_env
 from plainloop.trainer.errors import RunError
 from plainloop.trainer.run_folder import Lock, hold, read_status
 from plainloop.trainer.watch import blame, odd_ones
@@ -140,6 +142,34 @@ def test_planted_checkpoints_are_refused(options: Any, train: Any, tmp_path: Pat
         with pytest.raises(InputError, match="(?s)belongs to user.*is a symbolic link"):
             newest_good(folder, print)
     assert verify(good) is None and not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "half set"),
+        ({"GLOO_SOCKET_IFNAME": "ib7"}, "no such interface, only"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR or MASTER_PORT is not set"),
+    ],
+)
+def test_an_environment_that_can_not_work_is_refused(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message), process_group(world_from_env("cpu"), timeout_s=5):
+        pass
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        taken = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in taken.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=f"port {port} is taken.*set MASTER_PORT"):
+            with process_group(world_from_env("cpu"), timeout_s=5):
+                pass
 
 
 def test_blame() -> None:
