@@ -127,7 +127,10 @@ def newest_good(folder: Path, report: Callable[[str], None]) -> Checkpoint | Non
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None: every file of the manifest by size and digest."""
+    """What is wrong with a checkpoint folder, or None: every file of the manifest by size and digest.
+
+    Raises OSError when it can't be read just now, which says nothing about the checkpoint.
+    """
     try:
         if fault := _foreign(path):
             return fault
@@ -147,7 +150,7 @@ def verify(path: Path) -> str | None:
         if not any(name.startswith("model") and name.endswith(".safetensors") for name in manifest):
             return f"{MANIFEST} lists no weights"
         return _incomplete(json.loads((path / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} can't be read ({error})"
 
 

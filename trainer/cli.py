@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
-
-LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "Gloo", "Broken pipe")
 
 USAGE = """\
 usage: plainloop COMMAND [--config FILE] [--option value ...]
@@ -32,8 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if arguments else 2
+    from plainloop.data.processes import end_with_parent
     from plainloop.data.types import InputError
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: without its agent it would train on, unseen
+        end_with_parent(signal.SIGTERM)
     try:
         if arguments[0] not in commands:
             raise InputError(f"unknown command '{arguments[0]}'; there are {', '.join(commands)}.")
@@ -42,8 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted before there was anything to save", 130)
-    except RuntimeError as error:
-        message, code = _explain(error)
+    except (RuntimeError, OSError) as error:
+        from plainloop.trainer.errors import UNKNOWN, explain
+
+        message, code = explain(error)
+        if code == UNKNOWN:
+            raise
         return _fail(message, code)
 
 
@@ -56,35 +62,14 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _explain(error: RuntimeError) -> tuple[str, int]:
-    """A line and an exit code for what ends a run; what is not known is a traceback."""
-    from plainloop.trainer.errors import NUMERICAL, RunError
-
-    text, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
-    if isinstance(error, RunError):
-        return text, error.exit_code
-    if text.startswith("DataLoader worker (pid"):
-        remedy = "most likely for lack of memory: lower --data.workers, or ask for more memory"
-        return f"rank {rank}: a loader process was killed, {remedy} ({text[:200]}).", NUMERICAL
-    if any(mark in text for mark in LOST_RANK):
-        cause = "it was killed (for lack of memory?) or failed; its own message, if any, tells why"
-        return (
-            f"rank {rank}: lost another rank: {cause}. The same command continues. ({text[:120]})",
-            NUMERICAL,
-        )
-    raise error
-
-
 def _train(arguments: list[str]) -> int:
     from plainloop.trainer.config import TrainConfig
     from plainloop.trainer.options import parse
 
     config = parse(TrainConfig, arguments, program="plainloop train")
     from plainloop.trainer.run import train
-    from plainloop.trainer.signals import ignore_signals
 
-    verdict = train(config)
-    ignore_signals()
+    verdict = train(config, last=True)
     # With --max-restarts torchrun would start a stopped run again at once; status.json says what it is.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     return 0 if verdict.name == "STOPPED" and restarts else verdict.value

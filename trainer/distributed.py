@@ -6,8 +6,9 @@ import contextlib
 import io
 import json
 import os
-import signal
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from plainloop.data.processes import end_with_parent
 from plainloop.data.types import InputError
+from plainloop.trainer.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -69,27 +70,57 @@ def check_interface(variable: str, value: str | None) -> None:
 
 
 @contextlib.contextmanager
-def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
-    """All ranks. CPU tensors go by gloo, CUDA tensors by NCCL. Left in order only when nothing failed."""
+def process_group(world: World, *, timeout_s: float) -> Iterator[str]:
+    """All ranks. CPU tensors go by gloo, CUDA tensors by NCCL. Left in order only when nothing failed.
+
+    Gives the prefix in the store that this start of the group uses.
+    """
     if world.size == 1:
-        yield
+        yield ""
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    store = worker_store(world, timeout_s=timeout_s, may_host=True)
+    store: dist.Store = dist.PrefixStore("plainloop", connect(world, timeout_s=timeout_s, may_host=True))
+    prefix = agree_on_prefix(store, world, timeout_s=timeout_s)
+    store = dist.PrefixStore(prefix, store)
     dist.init_process_group(
         backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
     )
-    yield
+    yield prefix
     dist.barrier()
     dist.destroy_process_group()
 
 
-def worker_store(world: World, *, timeout_s: float, may_host: bool = False) -> dist.Store:
-    """A connection of one's own to the store of MASTER_ADDR:MASTER_PORT. torchrun's agent keeps that, or
-    else rank 0.
+def agree_on_prefix(store: dist.Store, world: World, *, timeout_s: float) -> str:
+    """All ranks. With --max-restarts torchrun's store outlives the ranks, and the addresses in it of dead
+    ones would be taken for the new ones'. So each start of the group has keys of its own.
 
-    Under a prefix for each attempt of torchrun: with --max-restarts the store outlives the processes, and
-    the addresses in it of the last attempt's would be taken for the new ones.
+    Rank 0 invites under a new name; a rank that accepts gives a name of its own, and goes when rank 0 has
+    repeated that: whatever a dead rank has left, it is not this name. (TORCHELASTIC_RESTART_COUNT is no such
+    name: only the node of the dead rank counts.)
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if world.is_main:
+        keys = [f"accept/{mine}/{rank}" for rank in range(1, world.size)]
+        store.set("invite", mine)
+        try:
+            store.wait(keys, timedelta(seconds=timeout_s))
+        except dist.DistStoreError:
+            raise RunError(f"not all of {world.size} ranks have joined within {timeout_s:.0f} s.") from None
+        store.set(f"go/{mine}", json.dumps([store.get(key).decode() for key in keys]))
+        return mine
+    while time.monotonic() < until:
+        if store.check(["invite"]):
+            invitation = store.get("invite").decode()
+            store.set(f"accept/{invitation}/{world.rank}", mine)
+            if store.check([f"go/{invitation}"]) and mine in json.loads(store.get(f"go/{invitation}")):
+                return invitation
+        time.sleep(0.1)
+    raise RunError(f"rank 0 has not asked rank {world.rank} to join within {timeout_s:.0f} s.")
+
+
+def connect(world: World, *, timeout_s: float, may_host: bool = False) -> dist.Store:
+    """A connection of one's own to the store of MASTER_ADDR:MASTER_PORT, which torchrun's agent keeps, or
+    else rank 0.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not address or not port.isdigit():
@@ -97,7 +128,7 @@ def worker_store(world: World, *, timeout_s: float, may_host: bool = False) -> d
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout_s = min(timeout_s, 60) if hosted else timeout_s  # the agent, which started us, keeps it already
     try:
-        store = dist.TCPStore(
+        return dist.TCPStore(
             address, int(port), is_master=may_host and not hosted and world.is_main, multi_tenant=True,
             wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
         )  # fmt: skip
@@ -105,16 +136,6 @@ def worker_store(world: World, *, timeout_s: float, may_host: bool = False) -> d
         if "EADDRINUSE" not in str(error):
             raise
         raise InputError(f"port {port} is taken by another program; set MASTER_PORT to a free one.") from None
-    return dist.PrefixStore(f"plainloop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def end_with_agent() -> None:
-    """A rank whose torchrun agent is killed is asked to stop, as by a signal: else it would train on, unseen.
-
-    Not without torchrun: a shell may end and leave its program running.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(signal.SIGTERM)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

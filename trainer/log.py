@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -68,9 +69,13 @@ class Log:
             self.say(f"WARNING: {self._file}: {error.strerror}")
             return
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
-            self._writer.flush()
+            try:
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+                self._writer.flush()
+            except OSError as error:
+                self._writer = None
+                self.say(f"WARNING: {self._tensorboard_dir}: {error.strerror}; no more TensorBoard")
 
     def train_line(self, step: int, total_steps: int, values: dict[str, Any]) -> None:
         if not self._enabled:
@@ -86,7 +91,8 @@ class Log:
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
 
 def _is_past(line: str, step: int, evaluated: Collection[int]) -> bool:

@@ -82,6 +82,8 @@ def guarantee(found: Checkpoint, config: TrainConfig, identity: dict[str, Any]) 
     ]
     if changed:
         return f"the same data and schedule, other rounding: {'; '.join(changed)}"
+    if now["threads"] is None and not torch.are_deterministic_algorithms_enabled():
+        return "the same data and schedule; the same bits where the GPU's kernels are deterministic"
     return "the same bits as a run that never stopped"
 
 

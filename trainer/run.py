@@ -17,7 +17,7 @@ from plainloop.data.types import InputError
 from plainloop.trainer import checkpoint as checkpoints
 from plainloop.trainer.checks import check_train_config
 from plainloop.trainer.config import TrainConfig
-from plainloop.trainer.distributed import World, end_with_agent, process_group, world_from_env
+from plainloop.trainer.distributed import World, process_group, world_from_env
 from plainloop.trainer.errors import NUMERICAL
 from plainloop.trainer.hooks import Evaluate, LogLine, NonFinite, Stop, Stopwatch
 from plainloop.trainer.log import Log
@@ -35,15 +35,17 @@ from plainloop.trainer.watch import CompareRanks, Watch
 TOKENS_PER_DEVICE = {"cuda": 8192, "cpu": 4096}
 
 
-def train(config: TrainConfig) -> Verdict:
-    """All ranks. Train from the start or from the run folder's newest checkpoint, to the end or a stop."""
+def train(config: TrainConfig, *, last: bool = False) -> Verdict:
+    """All ranks. Train from the start or from the run folder's newest checkpoint, to the end or a stop.
+
+    last: the process ends with it, and no late signal may change how.
+    """
     with ExitStack() as stack:
-        stack.enter_context(handlers_restored())
+        stack.enter_context(handlers_restored(ignore=last))
         # Who and where. Rank 0 holds the run folder; nobody else may write there.
         check_train_config(config)
         world = world_from_env(config.device)
         check_precision(config.precision, world.device)
-        end_with_agent()
         run_dir = Path(config.run_dir)
         log = Log(run_dir, enabled=world.is_main, tensorboard=config.log.tensorboard)
         folder = stack.enter_context(hold(run_dir, world.rank, log.say))
@@ -62,9 +64,11 @@ def train(config: TrainConfig) -> Verdict:
 
         # Together from here on; a thread in each rank ends a run that hangs.
         place, longest = Place(), max(config.start_timeout_s, config.timeout_s)
-        stack.enter_context(process_group(world, timeout_s=longest + 60))
+        prefix = stack.enter_context(process_group(world, timeout_s=longest + 60))
         watch_s = {"first_s": config.start_timeout_s, "then_s": config.timeout_s}
-        watch = Watch(world, place, run_dir, lambda why: folder.failed(why, NUMERICAL, world.rank), **watch_s)
+        watch = Watch(
+            world, prefix, place, run_dir, lambda why: folder.failed(why, NUMERICAL, world.rank), **watch_s
+        )
         stack.enter_context(watch.watching())
 
         # Model: own newest good checkpoint > the pretrained one. A new head depends on the seed alone.

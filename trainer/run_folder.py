@@ -19,7 +19,7 @@ from typing import Any
 
 from plainloop.data.types import InputError
 from plainloop.trainer.checkpoint import sweep, write_atomically
-from plainloop.trainer.errors import IO, RunError
+from plainloop.trainer.errors import IO, RunError, explain
 
 BEAT_S = 5.0  # the lock's time stamp is renewed this often
 PATIENCE_S = 25.0  # a holder on another machine that is silent for so long is gone
@@ -59,6 +59,8 @@ class Lock:
                 return
             except FileExistsError:
                 other = self._read()
+            if other is None:  # released just now
+                continue
             if other and _lives(other, self.path):
                 raise InputError(
                     f"{self.path.parent} is being written to by another run: {describe(other)}, since"
@@ -70,26 +72,39 @@ class Lock:
 
     def check(self) -> None:
         """Raises RunError when somebody else has taken the folder over, as after a long suspension."""
-        if (holder := self._read()).get("token") != self.token:
+        if self.lost():
+            holder = describe(self._read() or {})
             raise RunError(
-                f"{self.path.parent} now belongs to {describe(holder)}: this process writes nothing more.", IO
+                f"{self.path.parent} now belongs to {holder}: this process writes nothing more.", IO
             )
+
+    def lost(self) -> bool:
+        """Is it another's, or gone for good? (For a moment it is, when another start looks at it.)"""
+        holder = self._read()
+        for _ in range(20):
+            if holder is not None:
+                break
+            time.sleep(0.1)
+            holder = self._read()
+        return holder is None or holder.get("token") != self.token
 
     def release(self) -> None:
         self._ended.set()
-        if self._read().get("token") == self.token:
+        if (self._read() or {}).get("token") == self.token:
             self.path.unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, Any]:
-        """The holder; {} when there is none, or none that was written to its end."""
-        for _ in range(10):  # it may be being written
+    def _read(self) -> dict[str, Any] | None:
+        """The holder; {} when it was not written to its end, None when it can't be read."""
+        for attempt in range(10):  # it may be being written
             try:
                 return dict(json.loads(self.path.read_text(encoding="utf-8")))
             except FileNotFoundError:
-                return {}
-            except (OSError, ValueError):
+                return None
+            except (OSError, ValueError) as error:
+                if attempt == 9 and isinstance(error, ValueError):
+                    return {}
                 time.sleep(0.1)
-        return {}
+        return None
 
     def _remove(self, stale: dict[str, Any]) -> bool:
         """Move it away first: of two that see the same stale lock only one may remove it."""
@@ -109,7 +124,10 @@ class Lock:
         return True
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_S) and self._read().get("token") == self.token:
+        while not self._ended.wait(BEAT_S):
+            holder = self._read()
+            if holder and holder.get("token") != self.token:
+                return
             with contextlib.suppress(OSError):
                 os.utime(self.path, follow_symlinks=False)
 
@@ -189,7 +207,9 @@ class RunFolder:
         self._known: dict[str, Any] = {}
 
     def status(self, status: str, **values: Any) -> None:
-        """Rank 0 only. Replace status.json as a whole; what was told before stays unless told anew."""
+        """Replace status.json as a whole; what was told before stays unless told anew. Not another run's."""
+        if self.lock is not None and self.lock.lost():
+            return
         self._known |= {"status": status, **values}
         record = {**self._known, "job": job_id(), "host": socket.gethostname(), "pid": os.getpid()}
         with contextlib.suppress(OSError):  # a full disk costs the status, not the run
@@ -206,8 +226,10 @@ class RunFolder:
             self.lock.check()
 
     def failed(self, reason: str, exit_code: int, rank: int) -> bool:
-        """Any rank. The first reason counts: what other ranks see is its consequence. Was this the first?"""
-        if not self.joined or read_status(self.path).get("status") == "failed":
+        """Any rank. The first reason counts: what other ranks see is its consequence. False: there was one."""
+        if not self.joined:
+            return True
+        if read_status(self.path).get("status") == "failed":
             return False
         self._known = {**read_status(self.path), **self._known}
         self.status("failed", reason=reason, exit_code=exit_code, rank=rank)
@@ -236,11 +258,10 @@ def hold(run_dir: Path, rank: int, say: Callable[[str], None]) -> Iterator[RunFo
         if lock:
             folder.status("running", reason=None, exit_code=None)
         yield folder
-        if lock:
+        if lock and folder.verdict:
             folder.status(**folder.verdict)
     except BaseException as error:
-        code = {InputError: 2, KeyboardInterrupt: 130}.get(type(error), getattr(error, "exit_code", 1))
-        folder.failed(str(error) or type(error).__name__, code, rank)
+        folder.failed(*explain(error), rank)
         raise
     finally:
         if lock:
@@ -262,7 +283,8 @@ def _open(run_dir: Path, lock: Lock, say: Callable[[str], None]) -> None:
         lock.acquire(say)
         sweep(run_dir)
         sweep(run_dir / "evaluation")
-        (run_dir / "stop").unlink(missing_ok=True)  # of an earlier life
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            (run_dir / "stop").unlink(missing_ok=True)  # of an earlier job
     except OSError as error:
         raise InputError(
             f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."

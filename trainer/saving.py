@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import os
 import time
@@ -21,7 +22,7 @@ from plainloop.trainer.hooks import Stopwatch, best_step, due, every_or_epoch
 from plainloop.trainer.log import Log
 from plainloop.trainer.loop import Progress
 from plainloop.trainer.run_folder import RunFolder
-from plainloop.trainer.state import TrainState
+from plainloop.trainer.state import Place, TrainState
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -83,9 +84,10 @@ class SaveCheckpoint:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._copies = HostCopy(), HostCopy()
         self._under_way: Save | None = None
+        self._place = Place()
 
     def __call__(self, progress: Progress) -> None:
-        state = progress.state
+        state, self._place = progress.state, progress.state.place
         self._collect(wait=False)
         ending = state.step == progress.total_steps or state.stop is not None
         best = best_step(state.evaluations, self.metric)
@@ -103,6 +105,9 @@ class SaveCheckpoint:
 
     def close(self) -> None:
         """Join the thread: what is under way is written to its end. For a run that ends by an error."""
+        while self._under_way and not self._under_way.result.done():
+            self._place.tick()
+            concurrent.futures.wait([self._under_way.result], timeout=1)
         self._thread.shutdown(wait=True)
 
     def _save(self, state: TrainState) -> None:
@@ -130,7 +135,7 @@ class SaveCheckpoint:
         if self.config.async_:
             weights, optimizer = self._copies[0](weights), self._copies[1](optimizer)
         record = {**checkpoints.counters(state), **extra}
-        size = checkpoints.checkpoint_bytes(state.model)
+        size = sum(t.nbytes for t in [*weights.values(), *optimizer.values()]) + (4 << 20)
         result = self._thread.submit(self._write, weights, optimizer, record, size)
         self._under_way = Save(state.step, time.perf_counter() - started, result)
         if not self.config.async_:
@@ -153,6 +158,7 @@ class SaveCheckpoint:
         except OSError as error:
             if error.errno not in FULL:
                 raise
+            self.folder.still_ours()
             self._retain_and_point(record["evaluations"], making_room=True)
             path = write()
         self._retain_and_point(record["evaluations"])
@@ -165,6 +171,9 @@ class SaveCheckpoint:
         save = self._under_way
         if save is None or not (wait or save.result.done()):
             return
+        while not save.result.done():  # a long write is no hang
+            self._place.tick()
+            concurrent.futures.wait([save.result], timeout=1)
         self._under_way = None
         try:
             path, seconds = save.result.result()

@@ -28,7 +28,7 @@ class StopRequest:
     def pending(self) -> bool:
         if self.reason is None and self._stop_file is not None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + FILE_POLL_S
-            if self._stop_file.exists():
+            if os.path.exists(self._stop_file):  # False for an I/O error too
                 self.reason = f"the file {self._stop_file}"
         return self.reason is not None
 
@@ -55,20 +55,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def handlers_restored() -> Iterator[None]:
-    """Leave the signal handlers as they were, when everything else is done."""
+def handlers_restored(*, ignore: bool) -> Iterator[None]:
+    """When everything else is done, leave the handlers as they were; or ignore signals from then on: the
+    outcome is decided and on disk, and a late one must not change the exit code.
+    """
     before = {number: signal.getsignal(number) for number in NUMBERS}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def ignore_signals() -> None:
-    """The outcome is decided and on disk: a late signal must not change the exit code."""
-    for number in NUMBERS:
-        signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if ignore else handler)
 
 
 def _wait_for_second(read_end: int, at_once: Callable[[str], object]) -> None:

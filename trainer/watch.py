@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from plainloop.trainer.distributed import World, all_ranks, worker_store
+from plainloop.trainer.distributed import World, all_ranks, connect
 from plainloop.trainer.errors import NUMERICAL, RunError
 from plainloop.trainer.hooks import due
 from plainloop.trainer.loop import Progress
 from plainloop.trainer.state import Place
 
 LOOK_S = 1.0
+ANSWER_S = 2.0
 
 
 class Watch:
@@ -39,19 +40,21 @@ class Watch:
     """
 
     def __init__(
-        self, world: World, place: Place, run_dir: Path, on_hang: Callable[[str], bool], *,
+        self, world: World, prefix: str, place: Place, run_dir: Path, on_hang: Callable[[str], bool], *,
         first_s: float, then_s: float,
     ) -> None:  # fmt: skip
-        self.world, self.place, self.run_dir, self.on_hang = world, place, run_dir, on_hang
+        self.world, self.prefix, self.place = world, prefix, place
+        self.run_dir, self.on_hang = run_dir, on_hang
         self.first_s, self.then_s = first_s, then_s
         self._ended = threading.Event()
         self._store: dist.Store | None = None
         self._beats = 0
+        self._asking: threading.Thread | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         if self.world.size > 1:
-            self._store = worker_store(self.world, timeout_s=5)
+            self._store = dist.PrefixStore(f"plainloop/{self.prefix}", connect(self.world, timeout_s=60))
         for file in self.run_dir.glob(f"hang-rank-{self.world.rank}.txt"):  # of an earlier life
             file.unlink(missing_ok=True)
         threading.Thread(target=self._run, daemon=True, name="watch").start()
@@ -62,6 +65,7 @@ class Watch:
 
     def _run(self) -> None:
         seen, since, looked = -1, time.monotonic(), time.monotonic()
+        others: list[int] = []
         while not self._ended.wait(LOOK_S):
             now, before = time.monotonic(), looked
             looked = now
@@ -70,7 +74,12 @@ class Watch:
             elif now - before > 5 * LOOK_S:  # this process was suspended itself: that does not count
                 since += now - before
             self._tell()
-            if now - since > (self.then_s if self.place.trained else self.first_s):
+            limit = self.then_s if self.place.trained else self.first_s
+            if now - since > limit / 2:  # one that waits for a rank which goes on does not hang
+                ticks = [place["ticks"] if place else -1 for place in self._places()]
+                if ticks != others:
+                    others, since = ticks, max(since, now - limit / 2)
+            if now - since > limit:
                 self._end(now - since)
 
     def _tell(self) -> None:
@@ -78,22 +87,35 @@ class Watch:
         self._beats += 1
         record = {
             "beats": self._beats, "step": place.step, "order": place.order, "doing": place.doing,
-            "host": socket.gethostname(), "pid": os.getpid(),
+            "ticks": place.ticks, "host": socket.gethostname(), "pid": os.getpid(),
         }  # fmt: skip
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # the agent that keeps the store is gone
-                self._store.set(f"place/{self.world.rank}", json.dumps(record))
+        if (store := self._store) is not None:
+            self._ask(lambda: store.set(f"place/{self.world.rank}", json.dumps(record)))
 
     def _places(self) -> list[dict[str, Any] | None]:
         """Of every rank the last that it told, or None."""
-        places: list[dict[str, Any] | None] = []
-        for rank in range(self.world.size):
-            key, record = f"place/{rank}", None
-            with contextlib.suppress(RuntimeError):
-                if self._store is not None and self._store.check([key]):
-                    record = json.loads(self._store.get(key))
-            places.append(record)
+        places: list[dict[str, Any] | None] = [None] * self.world.size
+
+        def read() -> None:
+            for rank in range(self.world.size):
+                if self._store is not None and self._store.check([f"place/{rank}"]):
+                    places[rank] = json.loads(self._store.get(f"place/{rank}"))
+
+        self._ask(read)
         return places
+
+    def _ask(self, question: Callable[[], None]) -> None:
+        """In a thread of its own: a store whose keeper is stopped answers neither yes nor no."""
+        if self._asking is not None and self._asking.is_alive():
+            return
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):  # its keeper is gone
+                question()
+
+        self._asking = threading.Thread(target=ask, daemon=True, name="ask")
+        self._asking.start()
+        self._asking.join(timeout=ANSWER_S)
 
     def _end(self, still_s: float) -> None:
         """Write down this rank's stacks, say who is behind, end this process; torchrun ends the others."""
