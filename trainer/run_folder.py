@@ -226,7 +226,7 @@ class RunFolder:
             self.lock.check()
 
     def failed(self, reason: str, exit_code: int, rank: int) -> bool:
-        """Any rank. The first reason counts: what other ranks see is its consequence. False: there was one."""
+        """Any rank. The first reason counts: what other ranks see is its consequence. False: not it."""
         if not self.joined:
             return True
         if read_status(self.path).get("status") == "failed":

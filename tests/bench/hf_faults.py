@@ -111,7 +111,7 @@ def sigterm_to_one_rank(folder: Path, mode: str, skew_s: float | None) -> str:
         for pid in children:
             subprocess.run(["kill", "-KILL", pid], stderr=subprocess.DEVNULL)
         ended = "still hung after 90 s"
-    saved = sorted(p.name for p in folder.glob("checkpoint-*"))
+    saved = sorted((p.name for p in folder.glob("checkpoint-*")), key=lambda name: (len(name), name))
     return f"{ended}; newest checkpoint {saved[-1] if saved else 'none'}; {len(saved)} in all"
 
 
