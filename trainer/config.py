@@ -159,7 +159,7 @@ class TrainConfig:
     )
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto: a GPU when there is one")
     start_timeout_s: int = option(1800, "a rank without progress for so long ends the run, in the first step")
-    timeout_s: int = option(300, "the same, later: longer than anything that rank 0 does alone")
+    timeout_s: int = option(600, "the same, later: longer than anything that rank 0 does alone")
     compare_every_steps: int = option(500, "ranks compare weights and data order; 0: only at the end")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

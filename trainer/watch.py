@@ -125,10 +125,12 @@ class Watch:
         if self.world.size == 1:
             verdict = f"no progress for {still_s:.0f} s at step {self.place.step}, {self.place.doing}"
         else:
-            before = self._places()
+            before, seen = self._places(), self.place.ticks
             for _ in range(3):  # time for every rank to write down its stacks before the first one ends all
                 time.sleep(LOOK_S)
                 self._tell()
+            if self._ended.is_set() or self.place.ticks != seen:
+                return  # it went on after all
             verdict = blame(before, self._places(), still_s)
         message = f"{verdict}; stacks in {file.with_name('hang-rank-*.txt')}, the limit is --timeout_s"
         if self.on_hang(message):
@@ -176,9 +178,9 @@ class CompareRanks:
         for what, values in zip(("weights", "data order"), all_ranks(mine).T.tolist(), strict=True):
             if len(set(values)) > 1:
                 raise RunError(
-                    f"after step {state.step} the {what} of {odd_ones(values)} from those of the other ranks,"
-                    " which must be equal: a broken device, or code that treats ranks differently."
-                    " Continue from a checkpoint before, without that node."
+                    f"after step {state.step} {odd_ones(values)} from the other ranks in its {what}, which"
+                    " must be equal: a broken device, or code that treats ranks apart. Continue from the last"
+                    " checkpoint, without that node."
                 )
 
 
