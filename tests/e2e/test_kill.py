@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-KILLS = 44
+KILLS = {"saving": 24, "any": 17, "agent": 3}
 
 
 @pytest.mark.slow
@@ -46,6 +46,8 @@ def test_forty_kills(
     seed = int(os.environ.get("PLAINLOOP_KILL_SEED") or time.time_ns() % 10**6)
     print(f"PLAINLOOP_KILL_SEED={seed}")
     chance = random.Random(seed)
+    kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
+    chance.shuffle(kinds)
     steps = 15 * 16
     changes = {
         "epochs": 16, "checkpoint.every_steps": 4, "data.dev": options["data.train"],
@@ -56,14 +58,14 @@ def test_forty_kills(
     job = start(2, restarts=100, fault=fault, **changes)
     folder, kills = job.run_dir / "checkpoints", Counter[str]()
     began = time.monotonic()
-    while kills.total() < KILLS:
+    while kills.total() < len(kinds):
         pids = job.ranks()
         if len(pids) < 2:
             assert job.process.poll() is None, f"done too soon, after {kills}:\n{job.output()}"
             time.sleep(0.01)
             continue
         left = set(folder.glob(".tmp-step-*"))  # by the last kill
-        kind = "agent" if chance.random() < 0.07 else chance.choice(["saving", "saving", "any"])
+        kind = kinds[kills.total()]
         if kind == "saving":
             wait(
                 lambda job=job, pids=pids, left=left: (
