@@ -126,15 +126,16 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """plainloop in processes of its own: launch(2, "train", options) is torchrun with two, launch(0, ...)
-    without.
+    """plainloop in processes of its own: launch(2, "train", options) is torchrun's agent with two forked
+    ranks (e2e/forking_torchrun.py), launch(0, ...) does without.
     """
 
     def run(
         processes: int, command: str, options: dict[str, Any], *, expect: int | None = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        line = [sys.executable, *(torchrun if processes else []), "-m", "plainloop.trainer", command]
+        forking = str(Path(__file__).parent / "e2e/forking_torchrun.py")
+        start = [forking, str(processes), "0"] if processes else ["-m", "plainloop.trainer"]
+        line = [sys.executable, *start, command]
         result = subprocess.run(
             [*line, *as_arguments(options)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

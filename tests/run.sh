@@ -14,4 +14,4 @@ ruff check .
 ruff format --check .
 mypy
 # Most of the time goes into imports of processes that tests start: two tests at once.
-exec env OMP_NUM_THREADS=1 python -m pytest -n 2 "${select[@]}" "$@"
+exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "${select[@]}" "$@"

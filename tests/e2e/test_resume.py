@@ -53,7 +53,6 @@ def chain(launch: Any, options: Any, run_dir: Path, stops: list[int], **changes:
     ("workers", "stops"),
     [
         pytest.param(2, [4], id="2-workers"),
-        pytest.param(0, [1, 2, 4], id="0-workers-chain", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes(

@@ -34,7 +34,6 @@ def assert_stopped(job: Any, *, after: int = 1, reason: str = "") -> int:
     [
         pytest.param(signal.SIGTERM, "rank 0, then rank 1", [], id="SIGTERM-0.6s-apart"),
         pytest.param(signal.SIGUSR1, "agent", [ANY_SIGNAL], id="SIGUSR1-agent", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "agent", [], id="SIGTERM-agent", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "agent", [], id="SIGINT-agent", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "ranks, then agent", [], id="SIGTERM-all", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, "rank 1", [], id="SIGUSR1-one-rank", marks=pytest.mark.slow),
