@@ -166,6 +166,11 @@ def step_batches(
     iterator = iter(loader)
     try:
         yield from iterator
+    except (EOFError, ConnectionError, FileNotFoundError) as error:
+        if not workers or "Caught" in str(error):  # the reader's own, in a worker
+            raise
+        # A worker hands its tensors over through a connection, which ends with it.
+        raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {error!r}") from error
     finally:
         if workers:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
