@@ -217,12 +217,16 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
+def no_follow(path: str, flags: int) -> int:
+    """For open(opener=...): an OSError where somebody has put a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file as a whole. A link that was planted in its place is replaced, not followed."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
-    with open(os.open(temporary, flags, 0o666), "w", encoding="utf-8") as stream:
+    with open(temporary, "x", encoding="utf-8", opener=no_follow) as stream:
         stream.write(text)
     os.replace(temporary, path)
 

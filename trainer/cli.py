@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     from plainloop.data.processes import end_with_parent
     from plainloop.data.types import InputError
+    from plainloop.trainer.errors import UNKNOWN, explain
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: without its agent it would train on, unseen
         end_with_parent(signal.SIGTERM)
@@ -40,13 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in commands:
             raise InputError(f"unknown command '{arguments[0]}'; there are {', '.join(commands)}.")
         return commands[arguments[0]](arguments[1:])
-    except InputError as error:
-        return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted before there was anything to save", 130)
-    except (RuntimeError, OSError) as error:
-        from plainloop.trainer.errors import UNKNOWN, explain
-
+    except (InputError, KeyboardInterrupt, RuntimeError, OSError) as error:
         message, code = explain(error)
         if code == UNKNOWN:
             raise

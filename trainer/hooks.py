@@ -94,10 +94,11 @@ class NonFinite:
         if not self.limit or not due(state.step, self.limit, progress.total_steps):
             return
         if (in_a_row := int(state.nonfinite_worst)) >= self.limit:
-            ids = self.record_ids(state.rows) if int(state.nonfinite_run) else []
+            ids = self.record_ids(state.rows) if int(state.nonfinite_run) else []  # the run may be over
+            records = f" Records of the last step: {', '.join(ids[:8])}{' ...' * (len(ids) > 8)}."
             raise RunError(
                 f"the loss or its gradient was NaN or Inf in {in_a_row} steps in a row, by step {state.step};"
-                f" none was applied. Records of the last step: {', '.join(ids[:8])}{' ...' * (len(ids) > 8)}."
+                f" none was applied.{records if ids else ''}"
                 " Try a lower optim.lr, a longer optim.warmup, precision fp32 (or bf16 instead of fp16), or"
                 " look at the data."
             )

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from plainloop.trainer.checkpoint import write_atomically
+from plainloop.trainer.checkpoint import no_follow, write_atomically
 
 # What a log line shows, and how; other values go to the files alone.
 COLUMNS = {
@@ -63,7 +63,7 @@ class Log:
             return
         safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
-            with open(self._file, "a", encoding="utf-8") as stream:
+            with open(self._file, "a", encoding="utf-8", opener=no_follow) as stream:
                 stream.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
         except OSError as error:  # a full disk costs a line, not the run
             self.say(f"WARNING: {self._file}: {error.strerror}")

@@ -70,7 +70,7 @@ def surroundings(world: World, tokens: int) -> dict[str, Any]:
 
 def guarantee(found: Checkpoint, config: TrainConfig, identity: dict[str, Any]) -> str:
     """One line: what holds of a run that continues from this checkpoint."""
-    allowed = _changes(found, config, identity, allowed=False)
+    allowed = _changes(found, config, identity, but_allowed=False)
     if allowed:
         return f"weights and optimizer state only, as allowed: {'; '.join(allowed)}"
     before, now = found.state["surroundings"], identity["surroundings"]
@@ -92,10 +92,10 @@ def _option(found: Checkpoint, name: str) -> Any:
 
 
 def _changes(
-    found: Checkpoint, config: TrainConfig, identity: dict[str, Any], *, allowed: bool = True
+    found: Checkpoint, config: TrainConfig, identity: dict[str, Any], *, but_allowed: bool = True
 ) -> list[str]:
-    """What changes the mathematics; without `allowed` also what allow_changes names."""
-    names = set(config.checkpoint.allow_changes) if allowed else set()
+    """What changes the mathematics; but_allowed: but for what allow_changes names."""
+    names = set(config.checkpoint.allow_changes) if but_allowed else set()
     changes = config_differences(config, found.state["config"], names)
     if found.state["fingerprint"] != identity["fingerprint"] and "data" not in names:
         changes.append("data: the training data, the tokenizer or the code that reads them")
@@ -115,7 +115,7 @@ def _look(
                 f"{run_dir} was trained with other options: {'; '.join(changes)}."
                 " Choose another run_dir, or name the options in --checkpoint.allow_changes."
             )
-        if _changes(found, config, identity, allowed=False):
+        if _changes(found, config, identity, but_allowed=False):
             found.state.update(order="", order_since=found.state["step"])  # of another run from here on
         else:
             _require_order(found, sampler)

@@ -65,10 +65,10 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         # Together from here on; a thread in each rank ends a run that hangs.
         place, longest = Place(), max(config.start_timeout_s, config.timeout_s)
         prefix = stack.enter_context(process_group(world, timeout_s=longest + 60))
-        watch_s = {"first_s": config.start_timeout_s, "then_s": config.timeout_s}
         watch = Watch(
-            world, prefix, place, run_dir, lambda why: folder.failed(why, NUMERICAL, world.rank), **watch_s
-        )
+            world, prefix, place, run_dir, lambda why: folder.failed(why, NUMERICAL, world.rank),
+            first_s=config.start_timeout_s, then_s=config.timeout_s,
+        )  # fmt: skip
         stack.enter_context(watch.watching())
 
         # Model: own newest good checkpoint > the pretrained one. A new head depends on the seed alone.
@@ -145,8 +145,10 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         verdict = fit(progress, batches, hooks, options)
         place.at("closing", 0)
         log.say(f"{verdict.name.lower()} at step {state.step}" + (f": {state.stop}" if state.stop else ""))
-        folder.verdict = {"status": verdict.name.lower(), "step": state.step, "reason": state.stop}
-        folder.verdict["exit_code"] = verdict.value
+        folder.verdict = {
+            "status": verdict.name.lower(), "step": state.step, "reason": state.stop,
+            "exit_code": verdict.value,
+        }  # fmt: skip
     return verdict
 
 

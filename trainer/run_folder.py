@@ -18,22 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from plainloop.data.types import InputError
-from plainloop.trainer.checkpoint import sweep, write_atomically
+from plainloop.trainer.checkpoint import no_follow, sweep, write_atomically
 from plainloop.trainer.errors import IO, RunError, explain
 
 BEAT_S = 5.0  # the lock's time stamp is renewed this often
 PATIENCE_S = 25.0  # a holder on another machine that is silent for so long is gone
 LEAVING_S = 5.0  # a holder on this machine may be about to end
-OURS = (
-    "lock",
-    "status.json",
-    "stop",
-    "checkpoints",
-    "evaluation",
-    "tensorboard",
-    "metrics.jsonl",
-    "config.yaml",
-)
+OURS = "lock status.json stop checkpoints evaluation tensorboard metrics.jsonl config.yaml".split()
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 
@@ -52,8 +43,7 @@ class Lock:
         holder = {"token": self.token, "job": job_id(), **this_process(), "since": time.ctime()}
         for _ in range(10):
             try:
-                flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
-                with open(os.open(self.path, flags, 0o666), "w", encoding="utf-8") as stream:
+                with open(self.path, "x", encoding="utf-8", opener=no_follow) as stream:
                     stream.write(json.dumps(holder))
                 threading.Thread(target=self._beat, daemon=True, name="lock").start()
                 return

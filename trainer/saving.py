@@ -105,9 +105,8 @@ class SaveCheckpoint:
 
     def close(self) -> None:
         """Join the thread: what is under way is written to its end. For a run that ends by an error."""
-        while self._under_way and not self._under_way.result.done():
-            self._place.tick()
-            concurrent.futures.wait([self._under_way.result], timeout=1)
+        if self._under_way:
+            self._wait_for(self._under_way)
         self._thread.shutdown(wait=True)
 
     def _save(self, state: TrainState) -> None:
@@ -171,9 +170,7 @@ class SaveCheckpoint:
         save = self._under_way
         if save is None or not (wait or save.result.done()):
             return
-        while not save.result.done():  # a long write is no hang
-            self._place.tick()
-            concurrent.futures.wait([save.result], timeout=1)
+        self._wait_for(save)
         self._under_way = None
         try:
             path, seconds = save.result.result()
@@ -187,6 +184,11 @@ class SaveCheckpoint:
         self.log.record("save", save.step, {"seconds": save.stalled_s, "write_s": seconds})
         if seconds > self.config.grace_s:
             self.log.say(too_slow(seconds, self.config.grace_s))
+
+    def _wait_for(self, save: Save) -> None:
+        while not save.result.done():  # a long write is no hang
+            self._place.tick()
+            concurrent.futures.wait([save.result], timeout=1)
 
     def _retain_and_point(self, evaluations: list[dict[str, Any]], making_room: bool = False) -> None:
         """Rank 0 only. Delete what is no longer kept; RUN/best leads to the best that could be saved."""

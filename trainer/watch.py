@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from plainloop.trainer.checkpoint import no_follow
 from plainloop.trainer.distributed import World, all_ranks, connect
 from plainloop.trainer.errors import NUMERICAL, RunError
 from plainloop.trainer.hooks import due
@@ -44,9 +45,10 @@ class Watch:
         first_s: float, then_s: float,
     ) -> None:  # fmt: skip
         self.world, self.prefix, self.place = world, prefix, place
-        self.run_dir, self.on_hang = run_dir, on_hang
+        self.on_hang = on_hang
         self.first_s, self.then_s = first_s, then_s
         self._ended = threading.Event()
+        self._stacks = run_dir / f"hang-rank-{world.rank}.txt"
         self._store: dist.Store | None = None
         self._beats = 0
         self._asking: threading.Thread | None = None
@@ -55,8 +57,7 @@ class Watch:
     def watching(self) -> Iterator[None]:
         if self.world.size > 1:
             self._store = dist.PrefixStore(f"plainloop/{self.prefix}", connect(self.world, timeout_s=60))
-        for file in self.run_dir.glob(f"hang-rank-{self.world.rank}.txt"):  # of an earlier life
-            file.unlink(missing_ok=True)
+        self._stacks.unlink(missing_ok=True)  # of an earlier life
         threading.Thread(target=self._run, daemon=True, name="watch").start()
         try:
             yield
@@ -119,8 +120,7 @@ class Watch:
 
     def _end(self, still_s: float) -> None:
         """Write down this rank's stacks, say who is behind, end this process; torchrun ends the others."""
-        file = self.run_dir / f"hang-rank-{self.world.rank}.txt"
-        with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as stream:
+        with contextlib.suppress(OSError), open(self._stacks, "w", opener=no_follow) as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
         if self.world.size == 1:
             verdict = f"no progress for {still_s:.0f} s at step {self.place.step}, {self.place.doing}"
@@ -132,7 +132,9 @@ class Watch:
             if self._ended.is_set() or self.place.ticks != seen:
                 return  # it went on after all
             verdict = blame(before, self._places(), still_s)
-        message = f"{verdict}; stacks in {file.with_name('hang-rank-*.txt')}, the limit is --timeout_s"
+        message = (
+            f"{verdict}; stacks in {self._stacks.with_name('hang-rank-*.txt')}, the limit is --timeout_s"
+        )
         if self.on_hang(message):
             print(f"plainloop: error: {message}", file=sys.stderr, flush=True)
         os._exit(NUMERICAL)  # the main thread may never come back

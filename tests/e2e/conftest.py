@@ -122,8 +122,10 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def start(options: dict[str, Any]) -> Iterator[Callable[..., Job]]:
+def start(request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
     """start(2, fault={...}, torchrun=[...], **more_options) -> Job; nothing of it is left behind."""
+    text = "text_options" in request.fixturenames
+    options = request.getfixturevalue("text_options" if text else "options")
     jobs: list[Job] = []
 
     def begin(

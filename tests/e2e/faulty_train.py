@@ -6,6 +6,7 @@ slow_step_s     every step takes so much longer
 hang_at         before this step the main thread sleeps for ever
 poison_at       before this step one weight becomes NaN
 drift_at        before this step one bit of one weight flips
+disorder_at     before this step the digest of the data order is another one
 """
 
 import json
@@ -35,6 +36,8 @@ def faulty_step(state: Any, *arguments: Any) -> None:
         time.sleep(1000)
     if state.step == FAULT.get("poison_at"):
         weight.data[0, 0] = torch.nan
+    if state.step == FAULT.get("disorder_at"):
+        state.order = "f" * 64
     if state.step == FAULT.get("drift_at"):
         weight.data.view(torch.int32)[0, 0] ^= 1
     train_step(state, *arguments)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -67,6 +68,13 @@ def test_a_rank_that_sleeps_is_named_with_its_place(start: Any) -> None:
     assert "plainloop: error: no progress for" in job.output()
 
 
+def test_the_first_step_has_a_time_out_of_its_own(start: Any) -> None:
+    job = start(2, restarts=0, fault={"rank": 1, "hang_at": 0}, timeout_s=2, start_timeout_s=8)
+    assert job.end(60) != 0
+    (seconds,) = re.findall(r"no progress for (\d+) s: rank 1 .* at step 0", job.status()["reason"])
+    assert 8 <= int(seconds) < 14
+
+
 def test_two_jobs_one_run_folder(start: Any, finish: Any) -> None:
     first = start(0, fault={"slow_step_s": 0.5})
     first.wait_for_step(1)
@@ -90,10 +98,11 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(start: Any) -> No
     assert json.loads((job.run_dir / "lock").read_text())["token"] == "another"
 
 
-def test_weights_that_differ_between_ranks_end_the_run(start: Any) -> None:
-    job = start(3, restarts=0, fault={"rank": 2, "drift_at": 4}, compare_every_steps=3)
+@pytest.mark.parametrize(("fault", "what"), [("drift_at", "weights"), ("disorder_at", "data order")])
+def test_ranks_that_go_apart_end_the_run(fault: str, what: str, start: Any) -> None:
+    job = start(3, restarts=0, fault={"rank": 2, fault: 4}, compare_every_steps=3)
     assert job.end() != 0
-    assert "after step 6 rank 2 differs from the other ranks in its weights" in job.output()
+    assert f"after step 6 rank 2 differs from the other ranks in its {what}" in job.output()
     assert job.status()["exit_code"] == 70 and not list(job.run_dir.glob("checkpoints/step-*"))
 
 

@@ -74,6 +74,34 @@ def test_second_signal_while_saving_changes_nothing(start: Any) -> None:
     assert_stopped(job, after=2, reason="SIGTERM")
 
 
+@pytest.mark.parametrize("moment", ["evaluation", "save"])
+def test_both_ranks_signalled_at_once_during(moment: str, start: Any, options: Any) -> None:
+    changes: dict[str, Any] = {"checkpoint.every_steps": 4, "checkpoint.keep_last": 1}
+    if moment == "evaluation":
+        often = {"evaluation.every_steps": 4, "evaluation.tokens_per_device": 100}
+        changes = {"checkpoint.every_steps": 0, "data.dev": options["data.train"], **often}
+    job = start(2, restarts=0, fault={**SLOW, "slow_save_s": 1}, **changes)
+    if moment == "save":
+        job.wait_until(lambda: any((job.run_dir / "checkpoints").glob(".tmp-step-*")))
+    else:
+        job.wait_for_step(4)  # the line is written before the evaluation, of 120 batches, begins
+    for pid in job.ranks().values():
+        os.kill(pid, signal.SIGTERM)
+    assert job.end() != 0
+    step = assert_stopped(job, after=4, reason="evaluation" if moment == "evaluation" else "SIGTERM")
+    assert step == 4 or moment == "save"
+
+
+def test_a_stop_while_generating(text_options: Any, start: Any, text_files: Any) -> None:
+    dev = {"data.dev": text_files[1], "evaluation.every_steps": 2, "evaluation.best_metric": "em"}
+    job = start(0, fault=SLOW, **dev, **{"evaluation.tokens_per_device": 40})
+    job.wait_for_step(2)
+    time.sleep(0.3)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 75
+    assert assert_stopped(job, reason="evaluation") == 2
+
+
 def test_a_second_sigint_ends_at_once(start: Any) -> None:
     job = start(0, fault={**SLOW, "slow_save_s": 60})
     job.wait_for_step(2)
