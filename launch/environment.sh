@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC1091
 # Sourced by quickstart.sh and tests/run.sh with the name of an extra: installs the package into the active
 # virtual environment, or into .venv. Versions are those of constraints.txt.
 if [ -z "${VIRTUAL_ENV:-}" ]; then

@@ -65,9 +65,11 @@ def _train(arguments: list[str]) -> int:
     from plainloop.trainer.run import train
 
     verdict = train(config, last=True)
-    # With --max-restarts torchrun would start a stopped run again at once; status.json says what it is.
+    # With --max-restarts torchrun would start a stopped run again at once, and without it prints a traceback
+    # for every code but 0. launch/train.sbatch wants neither: status.json says what it is.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    return 0 if verdict.name == "STOPPED" and restarts else verdict.value
+    quiet = restarts or os.environ.get("PLAINLOOP_STOPPED_CODE") == "0"
+    return 0 if verdict.name == "STOPPED" and quiet else verdict.value
 
 
 def _evaluate(arguments: list[str]) -> int:

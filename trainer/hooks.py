@@ -21,6 +21,7 @@ import torch
 
 from plainloop.data.types import InputError
 from plainloop.trainer.config import EvaluationConfig
+from plainloop.trainer.deadline import Deadline
 from plainloop.trainer.distributed import SharedFlag, broadcast_json, sum_over_ranks
 from plainloop.trainer.errors import RunError
 from plainloop.trainer.log import Log
@@ -107,8 +108,15 @@ class NonFinite:
 class LogLine:
     """All ranks take part in the sum of the loss; rank 0 writes. Waits for the device."""
 
-    def __init__(self, log: Log, every: int, watch: Stopwatch, lr: Callable[[int], float]) -> None:
-        self.log, self.every, self.watch, self.lr = log, every, watch, lr
+    def __init__(
+        self,
+        log: Log,
+        every: int,
+        watch: Stopwatch,
+        lr: Callable[[int], float],
+        deadline: Deadline | None = None,
+    ) -> None:
+        self.log, self.every, self.watch, self.lr, self.deadline = log, every, watch, lr, deadline
         self._since: tuple[float, float, Traffic, int] | None = None
         self._start: tuple[float, int] | None = None
 
@@ -128,6 +136,9 @@ class LogLine:
         assert self._start is not None
         elapsed = max(now - before, 1e-9)
         steps_done = max(state.step - self._start[1], 1)
+        # What is left will be evaluated and saved as often as what is done.
+        trained_s = now - self._start[0]
+        left_s = (trained_s + self.watch.other) / steps_done * (progress.total_steps - state.step)
         tokens, padded = traffic.tokens - old.tokens, traffic.padded_tokens - old.padded_tokens
         values = {
             "epoch": state.step / progress.steps_per_epoch,
@@ -139,9 +150,13 @@ class LogLine:
             "padding": 1 - tokens / padded if padded else 0.0,
             "waiting": (traffic.waiting_s - waited) / elapsed,
             "memory_gb": peak_memory_gb(state.device),
-            "left_s": (now - self._start[0]) / steps_done * (progress.total_steps - state.step),
+            "left_s": left_s,
             "skipped": int(state.nonfinite_total) - nonfinite or None,
         }
+        if self.deadline:
+            values |= (outlook := self.deadline.outlook(left_s, trained_s / steps_done))
+            if warning := self.deadline.warning(outlook, left_s):
+                self.log.say(warning)
         self.log.train_line(state.step, progress.total_steps, values)
         self.log.record("train", state.step, {k: v for k, v in values.items() if v is not None})
         snapshot = Traffic(traffic.examples, traffic.tokens, traffic.padded_tokens)

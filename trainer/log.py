@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import sys
-import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from plainloop.trainer.checkpoint import no_follow, write_atomically
+from plainloop.trainer.deadline import clock
 
 # What a log line shows, and how; other values go to the files alone.
 COLUMNS = {
@@ -83,9 +83,10 @@ class Log:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         shown = [text.format(values[name]) for name, text in COLUMNS.items() if values.get(name) is not None]
-        left = time.strftime("%H:%M:%S", time.gmtime(values["left_s"] % 86400))
-        days = f"{int(values['left_s'] // 86400)}d " if values["left_s"] >= 86400 else ""
-        self.say(f"step {step}/{total_steps}  " + "  ".join(shown) + f"  left {days}{left}")
+        left = f"left {clock(values['left_s'])}"
+        if "job_left_s" in values:  # a batch job's time limit
+            left += f"  job {clock(values['job_left_s'])}" + "  requeues {requeues}".format(**values)
+        self.say(f"step {step}/{total_steps}  " + "  ".join([*shown, left]))
 
     def close(self) -> None:
         if self._bar is not None:

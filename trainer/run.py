@@ -17,6 +17,7 @@ from plainloop.data.types import InputError
 from plainloop.trainer import checkpoint as checkpoints
 from plainloop.trainer.checks import check_train_config
 from plainloop.trainer.config import TrainConfig
+from plainloop.trainer.deadline import Deadline
 from plainloop.trainer.distributed import World, process_group, world_from_env
 from plainloop.trainer.errors import NUMERICAL
 from plainloop.trainer.hooks import Evaluate, LogLine, NonFinite, Stop, Stopwatch
@@ -102,6 +103,7 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         clock, lr = Stopwatch(), learning_rate(config.optim, total_steps)
         request = StopRequest(run_dir / "stop" if world.is_main else None)
         stop = Stop(request, config.stop_at_step)
+        deadline = Deadline.from_env(lambda: folder.save_s)
 
         def should_stop() -> bool:
             place.tick()
@@ -124,7 +126,7 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
             stop,
             NonFinite(config.optim.max_nonfinite_steps, task.record_ids),
             CompareRanks(world, config.compare_every_steps),
-            LogLine(log, config.log.every_steps, clock, lr),
+            LogLine(log, config.log.every_steps, clock, lr, deadline),
             *([Evaluate(evaluate, log, clock, config.evaluation)] if dev_rows is not None else []),
             save,
         ]
@@ -145,6 +147,8 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         verdict = fit(progress, batches, hooks, options)
         place.at("closing", 0)
         log.say(f"{verdict.name.lower()} at step {state.step}" + (f": {state.stop}" if state.stop else ""))
+        if deadline:
+            log.say(deadline.advice())
         folder.verdict = {
             "status": verdict.name.lower(), "step": state.step, "reason": state.stop,
             "exit_code": verdict.value,

@@ -186,6 +186,15 @@ def _start(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def _age_s() -> float:
+    """Seconds since this process, or torchrun's agent that started it, began; 0 where that can't be known."""
+    began = _start(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+    ticks = os.sysconf("SC_CLK_TCK")
+    if began is None:
+        return 0.0
+    return float(Path("/proc/uptime").read_text().split()[0]) - int(began) / ticks
+
+
 class RunFolder:
     """Rank 0 writes here; a rank that fails by itself leaves its reason too."""
 
@@ -204,6 +213,11 @@ class RunFolder:
         record = {**self._known, "job": job_id(), "host": socket.gethostname(), "pid": os.getpid()}
         with contextlib.suppress(OSError):  # a full disk costs the status, not the run
             write_atomically(self.path / "status.json", json.dumps({**record, "time": time.time()}, indent=1))
+
+    @property
+    def save_s(self) -> float:
+        """Seconds of the last save, of this life or of the one before; 0 when there was none."""
+        return float(self._known.get("save_s") or self.before.get("save_s") or 0.0)
 
     def progress(self, **values: Any) -> None:
         """Rank 0 only. Not over a failure that another rank has left."""
@@ -269,12 +283,14 @@ def _open(run_dir: Path, lock: Lock, say: Callable[[str], None]) -> None:
                 )
         probe = run_dir / f".tmp-probe-{lock.token}"
         write_atomically(probe, "probe")
+        began = probe.stat().st_mtime - _age_s()  # of this job, by the folder's clock
         probe.unlink()
         lock.acquire(say)
         sweep(run_dir)
         sweep(run_dir / "evaluation")
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            (run_dir / "stop").unlink(missing_ok=True)  # of an earlier job
+        with contextlib.suppress(FileNotFoundError):
+            if (run_dir / "stop").stat().st_mtime < began:  # meant for an earlier job, not for this one
+                (run_dir / "stop").unlink()
     except OSError as error:
         raise InputError(
             f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."

@@ -136,7 +136,8 @@ def test_grace_too_short_keeps_the_old_checkpoint_and_the_next_start_warns(start
     job.wait_for_step(7)
     job.process.send_signal(signal.SIGTERM)
     assert job.end() != 0
-    assert job.status()["status"] == "running"  # killed: nobody could say more
+    status = job.status()  # killed: nobody could say more, or the one that was killed last, for a moment
+    assert status["status"] == "running" or "lost another rank" in status["reason"]
     (saved,) = (job.run_dir / "checkpoints").glob("step-*")
     assert saved.name == "step-00000005" and verify(saved) is None
     assert "WARNING: a save takes 4 s, and after a signal there are 3 s" in finish(2, **changes).output()
