@@ -89,7 +89,7 @@ class Cluster:
 
     def run(self, *line: str, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(line, **{"env": self.env, "text": True, "capture_output": True, **more})
-        assert not check or done.returncode == 0, f"{line}: {done.stderr}"
+        assert not check or done.returncode == 0, f"{line[0]}: {done.stderr}"
         return done
 
     def sbatch(self, *arguments: str, **more: Any) -> int:

@@ -1,0 +1,29 @@
+"""Stands in for `python` in tests of the batch scripts' own logic: notes the command line, then does as the
+environment variable PLAN says, a list of what to do in each life of the job:
+
+wait      until RUN/stop is there
+status    written to RUN/status.json (null: nothing is written)
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+arguments = sys.argv[1:]
+if "plainloop.trainer" not in arguments:  # the script reads status.json
+    os.execv(sys.executable, [sys.executable, *arguments])
+life = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+names = ("SLURM", "OMP", "HF_", "RANK", "WORLD", "LOCAL", "MASTER", "TMPDIR", "TRITON", "PLAINLOOP")
+note = {"life": life, "argv": arguments, "env": {k: v for k, v in os.environ.items() if k.startswith(names)}}
+with open(os.environ["NOTES"], "a", encoding="utf-8") as stream:
+    stream.write(json.dumps(note) + "\n")
+run_dir = Path(arguments[arguments.index("--run_dir") + 1]) if "--run_dir" in arguments else Path()
+plan = json.loads(os.environ["PLAN"])[life]
+until = time.monotonic() + 60
+while plan.get("wait") and not (run_dir / "stop").exists() and time.monotonic() < until:
+    time.sleep(0.05)
+if status := plan.get("status"):
+    (run_dir / "status.json").write_text(json.dumps({**status, "time": time.time()}))
+sys.exit(plan.get("code", 0))
