@@ -12,7 +12,6 @@ The folder is written as .tmp-*, files and folder are synced, and one rename mak
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -26,11 +25,11 @@ from typing import Any
 import torch
 
 from plainloop.data.types import InputError
+from plainloop.trainer.manifest import MANIFEST, sha256
 from plainloop.trainer.state import TrainState
 
 FORMAT = 2
 PREFIX = "step-"
-MANIFEST = "manifest.json"
 STATE_KEYS = set(
     "step order order_since loss_count loss_sum nonfinite_run nonfinite_total scaler evaluations config"
     " fingerprint surroundings".split()
@@ -64,7 +63,7 @@ def save_checkpoint(
         _save_tensors(optimizer, temporary / "optimizer.safetensors")
         _write_json(temporary / "state.json", {"format": FORMAT, **state})
         manifest = {
-            f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())
+            f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(temporary.iterdir())
         }
         _write_json(temporary / MANIFEST, manifest)
         _settle(temporary)
@@ -141,7 +140,7 @@ def verify(path: Path) -> str | None:
                 return f"{name} is {'a symbolic link' if file.is_symlink() else 'missing'}"
             if file.stat().st_size != expected["size"]:
                 return f"{name} has {file.stat().st_size} bytes, expected {expected['size']}"
-            if _sha256(file) != expected["sha256"]:
+            if sha256(file) != expected["sha256"]:
                 return f"{name} has another SHA-256 than when it was written"
             if file.suffix == ".safetensors" and (fault := _unreadable(file)):
                 return fault
@@ -253,14 +252,6 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    running = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            running.update(block)
-    return running.hexdigest()
 
 
 def _settle(folder: Path) -> None:

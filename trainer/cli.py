@@ -1,4 +1,7 @@
-"""The command line: plainloop train | evaluate | demo. torch is imported only by a command that computes."""
+"""The command line: plainloop train | evaluate | fetch | doctor | demo.
+
+torch is imported only by a command that computes.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ Fine-tune question-answering models with a training loop you can read in one sit
 
   train      train, or continue the run in --run_dir   (plainloop train --config squad.yaml --optim.lr 3e-5)
   evaluate   figures of a checkpoint or of a predictions file: SQuAD's official ones, CausalQA's
+  fetch      with internet: model, tokenizer and data into folders   (plainloop fetch --model roberta-base)
+  doctor     before a job: will this command run here? The options are those of train
   demo       train and evaluate on a small built-in corpus, with two processes (--task text: a small T5)
 
 Several processes: torchrun --nproc-per-node 4 -m plainloop.trainer train ...
@@ -27,7 +32,9 @@ Exit codes: 0 done, 2 bad option or input, 75 stopped with a checkpoint, 70 the 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "evaluate": _evaluate, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train, "evaluate": _evaluate, "fetch": _fetch, "doctor": _doctor, "demo": _demo,
+    }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -83,6 +90,28 @@ def _evaluate(arguments: list[str]) -> int:
     if metrics is not None:
         print_metrics(metrics)
     return 0
+
+
+def _fetch(arguments: list[str]) -> int:
+    from plainloop.trainer.config import FetchConfig
+    from plainloop.trainer.options import parse
+
+    config = parse(FetchConfig, arguments, program="plainloop fetch")
+    from plainloop.trainer.fetch import fetch
+
+    fetch(config)
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # as on a compute node, wherever this is
+    from plainloop.trainer.config import TrainConfig
+    from plainloop.trainer.options import parse
+
+    config = parse(TrainConfig, arguments, program="plainloop doctor")
+    from plainloop.trainer.doctor import doctor
+
+    return doctor(config)
 
 
 def _demo(arguments: list[str]) -> int:

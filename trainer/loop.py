@@ -138,7 +138,7 @@ def add_gradients(state: TrainState, micro_batch: MicroBatch, weight: float, opt
     return loss.detach()
 
 
-def warm_up(state: TrainState, micro_batch: MicroBatch, options: StepOptions) -> None:
+def warm_up(state: TrainState, micro_batch: MicroBatch, options: StepOptions, passes: int = 2) -> None:
     """All ranks. Two passes whose gradients are thrown away, before the first step of this process.
 
     DDP sorts its buckets anew after the first backward pass; a resumed run that began with its first step
@@ -146,7 +146,7 @@ def warm_up(state: TrainState, micro_batch: MicroBatch, options: StepOptions) ->
     the largest micro-batch a lack of memory shows before hours are spent. Raises InputError for that.
     """
     try:
-        for _ in range(2):
+        for _ in range(passes):
             state.place.at("warm-up", 0)
             add_gradients(state, micro_batch, 1.0, options)
             state.optimizer.zero_grad(set_to_none=True)

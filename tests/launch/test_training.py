@@ -39,7 +39,8 @@ def test_two_nodes_are_like_two_processes(
     assert [line["loss"] for line in slurm] == [line["loss"] for line in alone] and len(slurm) == 30
     assert_same_bits(tensors(options["run_dir"], 30), tensors(run_dir, 30))
     scored = submit(
-        "evaluate", "--cpu-workers=1", "--launcher=srun", "--model", str(run_dir / "checkpoints/step-00000030"), "--data", dev,
+        "evaluate", "--cpu-workers=1", "--launcher=srun", "--data", dev,
+        "--model", str(run_dir / "checkpoints/step-00000030"),
         "--precision", "fp32", "--num_best", "0", sbatch=["--nodes=2", *NO_GPU],
     )  # fmt: skip
     assert scored.end() == ("COMPLETED", 0), scored.output()

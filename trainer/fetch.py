@@ -1,0 +1,221 @@
+"""`plainloop fetch`, on a login node: model, tokenizer and data into folders for nodes without network.
+
+OUT/models/NAME/      what from_pretrained reads
+OUT/data/NAME/SPLIT/  a data set of the hub, one folder a split, as datasets.save_to_disk writes it
+OUT/data/causalqa/    the CSV files of a downloaded archive
+
+Each folder appears whole, by one rename, with a manifest.json: source, revision, sizes, SHA-256.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from plainloop.data.squad import read_squad
+from plainloop.data.types import InputError
+from plainloop.trainer.config import FetchConfig
+from plainloop.trainer.manifest import fault_of, read_source, sha256, write_manifest
+
+TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.txt", "LICENSE*", "README.md")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that there is
+DATA_FILES = ("*.parquet", "*.arrow", "*.json", "*.jsonl", "*.json.gz", "*.csv", "*.zst", "README.md")
+
+
+def fetch(config: FetchConfig) -> None:
+    """Everything that was asked for. Raises InputError; what is on disk already is kept."""
+    out = Path(config.out_dir)
+    if not (config.model or config.dataset or config.causalqa):
+        raise InputError("fetch wants --model NAME, --dataset NAME or --causalqa ARCHIVE, or several.")
+    made = []
+    if config.causalqa:
+        made.append(_causalqa(Path(config.causalqa), out / "data/causalqa"))
+    if config.model:
+        name = config.model.rpartition("/")[2]
+        made.append(_from_hub("model", config.model, config.revision, out / "models" / name, _model))
+    if config.dataset:
+        name = config.dataset.rpartition("/")[2]
+        into = out / "data" / name
+
+        def convert(folder: Path) -> None:
+            _splits(folder, config.dataset_config)
+
+        made.append(_from_hub("dataset", config.dataset, config.dataset_revision, into, convert))
+    print("\n".join(line for lines in made for line in lines))
+
+
+def _from_hub(
+    kind: str, name: str, revision: str | None, final: Path, check: Callable[[Path], None]
+) -> list[str]:
+    """Download the files of one commit; check() makes of them what is to be there, or raises InputError."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    temporary = final.with_name(f".tmp-{final.name}")  # an interrupted download goes on from here
+    try:
+        info = HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, revision=revision)
+        source = {"kind": kind, "name": name, "revision": info.sha, "hub": constants.ENDPOINT}
+        if final.exists():
+            return _already(final, source)
+        wanted = _wanted([sibling.rfilename for sibling in getattr(info, "siblings", None) or []], kind)
+        print(f"fetch: {kind} {name} at {str(info.sha)[:12]}, {len(wanted)} files -> {final}", flush=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        snapshot_download(
+            name, repo_type=kind, revision=info.sha, local_dir=temporary, allow_patterns=wanted,
+            endpoint=constants.ENDPOINT,
+        )  # fmt: skip
+    except errors.GatedRepoError:
+        raise InputError(
+            f"hub: {name} is gated: accept its terms on its page, then `hf auth login`."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"hub: {kind} {name} has no revision {revision}.") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"hub: there is no {kind} {name}; if it is private, `hf auth login` first."
+        ) from None
+    except errors.HFValidationError as error:
+        raise InputError(f"hub: {name}: {' '.join(str(error).split())[:200]}") from None
+    except errors.OfflineModeIsEnabled:
+        raise InputError("fetch wants the network, and HF_HUB_OFFLINE is set: unset it.") from None
+    except (
+        errors.HTTPError,
+        errors.LocalEntryNotFoundError,
+        ConnectionError,
+    ) as error:  # of the HTTP library that this hub version uses
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"hub: {constants.ENDPOINT} could not be asked for {name} ({reason}). Run fetch where there is"
+            " internet, as on a login node; the same command goes on where it was interrupted."
+        ) from None
+    shutil.rmtree(temporary / ".cache", ignore_errors=True)
+    check(temporary)
+    return _publish(temporary, final, source)
+
+
+def _wanted(names: list[str], kind: str) -> list[str]:
+    """Of a model what from_pretrained reads, weights in one format; of a data set its data."""
+    if kind == "dataset":
+        found = [n for n in names if any(fnmatch(PurePosixPath(n).name, pattern) for pattern in DATA_FILES)]
+        if not any(not n.endswith("README.md") for n in found):
+            raise InputError("hub: this data set holds no Parquet, JSON or CSV files, only a loading script.")
+        return found
+    top = [name for name in names if "/" not in name]
+    weights = next((w for p in WEIGHTS if (w := [n for n in top if fnmatch(n, p)])), None)
+    if weights is None:
+        raise InputError("hub: this model has no PyTorch weights (model.safetensors or pytorch_model.bin).")
+    return weights + [n for n in top if any(fnmatch(n, pattern) for pattern in TOKENIZER_AND_CONFIG)]
+
+
+def _model(folder: Path) -> None:
+    """Better found here than on a compute node: can config and tokenizer be loaded?"""
+    from plainloop.models.load import load_config, load_tokenizer
+
+    encoder = not load_config(str(folder)).is_encoder_decoder
+    load_tokenizer(str(folder), fast=encoder)
+
+
+def _splits(folder: Path, name: str | None) -> None:
+    """Turn the files of a data set into one folder a split; without network, by the `datasets` library."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    raw, cache = folder / ".raw", folder / ".cache"
+    if not raw.exists():
+        files = list(folder.iterdir())
+        raw.mkdir()
+        for file in files:
+            os.rename(file, raw / file.name)
+    try:
+        found = datasets.load_dataset(str(raw), name, cache_dir=str(cache))
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        hint = " (--dataset_config)" if "config" in str(error).lower() else ""
+        raise InputError(
+            f"{folder}: datasets can't read this{hint}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    for split, rows in found.items():
+        rows.save_to_disk(str(folder / str(split)))
+    del found
+    shutil.rmtree(raw)
+    shutil.rmtree(cache)
+
+
+def _causalqa(archive: Path, final: Path) -> list[str]:
+    """The CSV files of a zip, flat: their names tell data set, part and split."""
+    source = {"kind": "causalqa", "name": archive.name, "revision": None}
+    try:
+        source["revision"] = sha256(archive)
+        if final.exists():
+            return _already(final, source)
+        temporary = final.with_name(f".tmp-{final.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with zipfile.ZipFile(archive) as opened:
+            members = [m for m in opened.infolist() if _is_csv(m.filename)]
+            names = [PurePosixPath(m.filename).name for m in members]
+            if doubled := sorted({name for name in names if names.count(name) > 1}):
+                raise InputError(f"{archive}: {doubled[0]} is in it more than once; repack it.")
+            if not any(fnmatch(name, "*_train_*_split.csv") for name in names):
+                raise InputError(f"{archive}: holds no *_train_*_split.csv; is it the corpus' archive?")
+            size, free = sum(m.file_size for m in members), shutil.disk_usage(temporary).free
+            if size > free:
+                raise InputError(f"{archive}: {size / 1e9:.1f} GB unpacked, {free / 1e9:.1f} GB are free.")
+            for member, name in zip(members, names, strict=True):
+                with opened.open(member) as compressed, open(temporary / name, "xb") as stream:
+                    shutil.copyfileobj(compressed, stream)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # RuntimeError: encrypted
+        raise InputError(
+            f"{archive}: not a zip that can be read ({error}). Is the download complete?"
+        ) from None
+    except FileNotFoundError:
+        raise InputError(f"{archive}: no such file.") from None
+    return _publish(temporary, final, source)
+
+
+def _is_csv(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix == ".csv" and "__MACOSX" not in path.parts and not path.name.startswith(".")
+
+
+def _already(final: Path, source: dict[str, Any]) -> list[str]:
+    """What is there is kept: fine when it is the same, else the user says what is to happen to it."""
+    there = read_source(final)
+    if there is None:
+        raise InputError(f"{final}: holds something that fetch has not made; choose another --out_dir.")
+    if (there["kind"], there["name"], there["revision"]) != tuple(
+        source[k] for k in ("kind", "name", "revision")
+    ):
+        raise InputError(
+            f"{final}: holds {there['name']} at {str(there['revision'])[:12]}, not {source['name']} at"
+            f" {str(source['revision'])[:12]}; choose another --out_dir, or remove it."
+        )
+    if fault := fault_of(final):
+        raise InputError(f"{final}: {fault}; remove the folder and fetch again.")
+    return [f"{final}: is there already, every file as it was fetched", *_hints(final, source["kind"])]
+
+
+def _publish(temporary: Path, final: Path, source: dict[str, Any]) -> list[str]:
+    write_manifest(temporary, {**source, "fetched": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    os.rename(temporary, final)
+    size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+    return [f"{final}: {size / 1e6:.1f} MB", *_hints(final, source["kind"])]
+
+
+def _hints(final: Path, kind: str) -> list[str]:
+    """The options that the folder is for."""
+    if kind == "model":
+        return [f"  --model.path {final}"]
+    if kind == "causalqa":
+        return [f"  --data.train {final} --data.dev {final} --text.dataset NAME"]
+    lines = []
+    for split in sorted(path for path in final.iterdir() if path.is_dir()):
+        try:
+            lines.append(f"  {split}: {len(read_squad(split))} questions (--data.train, --data.dev)")
+        except InputError as error:
+            lines.append(f"  WARNING: {split}: can't be trained on: {str(error).splitlines()[0]}")
+    return lines
