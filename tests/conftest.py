@@ -117,6 +117,26 @@ def text_options(tiny_t5: Path, text_files: tuple[Path, Path], tmp_path: Path) -
     }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(the wheel, a folder for PYTHONPATH that it is installed into), built from a copy of the tracked files,
+    so that nothing is left behind here.
+    """
+    root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (root / name).is_file() and not name.startswith(".pkg"):
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes((root / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--quiet", "--no-deps", "-w", folder / "dist", folder / "source"]
+    subprocess.run(build, check=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    target = folder / "installed"
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", target, wheel], check=True)
+    return wheel, target
+
+
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

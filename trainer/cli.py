@@ -5,6 +5,7 @@ torch is imported only by a command that computes.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -79,11 +80,28 @@ def _train(arguments: list[str]) -> int:
     return 0 if verdict.name == "STOPPED" and quiet else verdict.value
 
 
+def _as_list(arguments: list[str], option: str) -> list[str]:
+    """`--summary a b c`, as a shell's pattern makes it -> the list that the option wants."""
+    if option not in arguments:
+        return arguments
+    at = arguments.index(option) + 1
+    end = next((i for i in range(at, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+    given = arguments[at:end]
+    if len(given) == 1 and given[0].startswith("["):
+        return arguments
+    return [*arguments[:at], json.dumps(given), *arguments[end:]]
+
+
 def _evaluate(arguments: list[str]) -> int:
     from plainloop.trainer.config import ScoreConfig
     from plainloop.trainer.options import parse
 
-    config = parse(ScoreConfig, arguments, program="plainloop evaluate")
+    config = parse(ScoreConfig, _as_list(arguments, "--summary"), program="plainloop evaluate")
+    if config.summary is not None:
+        from plainloop.trainer.summary import summary
+
+        print(summary(config.summary))
+        return 0
     from plainloop.trainer.score import print_metrics, score
 
     metrics = score(config)

@@ -174,6 +174,9 @@ class TrainConfig:
 class ScoreConfig:
     """Score a checkpoint, or a file of predictions: the official SQuAD figures or CausalQA's, offline."""
 
+    summary: list[str] | None = option(
+        None, "no scoring: mean and spread over these run folders (or --out_dir folders) of several seeds"
+    )
     data: list[str] | str | None = option(
         None, "SQuAD JSON, a folder saved by datasets; text models: also CausalQA CSV, JSONL or folder"
     )
@@ -212,7 +215,7 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
-    """Download what a run needs, on a node with internet, into folders for a node without."""
+    """Download what a run needs, where there is internet, into folders for nodes without."""
 
     out_dir: str = option("fetched", "gets models/NAME, data/NAME/SPLIT, data/causalqa")
     model: str | None = option(None, "model and tokenizer of the hub, as roberta-base or user/name")

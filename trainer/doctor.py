@@ -189,32 +189,34 @@ class Doctor:
         return f"a sum of 4 MB in {seconds * 1e3:.0f} ms over {interface or 'the default interface'}"
 
     def memory(self) -> str:
-        config, rows, world = (
-            self.config,
-            self._need(self.rows, "the data"),
-            self._need(self.world, "the device"),
-        )
-        task, on_cpu = self._need(self.task, "the model"), world.device.type == "cpu"
+        """Of a rank, by a pass of the largest micro-batch that the sample makes (on a CPU: a smaller one)."""
+        task, rows = self._need(self.task, "the model"), self._need(self.rows, "the data")
+        world, config = self._need(self.world, "the device"), self.config
         memory, where = memory_of(world)
-        if on_cpu and self.parameters > TOO_LARGE:
+        if world.device.type == "cpu" and self.parameters > TOO_LARGE:
             raise Doubt(f"not measured: {self.parameters / 1e9:.1f} G parameters, and no GPU here")
-        wanted = config.tokens_per_device or TOKENS_PER_DEVICE[world.device.type]
-        few = min(wanted, int(PROBE_FLOPS / 6 / self.parameters)) if on_cpu else wanted
+        given = config.tokens_per_device or TOKENS_PER_DEVICE[world.device.type]
+        wanted = min(given, config.batch_size * int(total(rows.lengths).max()))
+        tokens = min(wanted, int(PROBE_FLOPS / 6 / self.parameters)) if world.device.type == "cpu" else wanted
         model = task.load_model(config.model.path, new_head=True)
-        largest = task.steps(rows, batch_size=config.batch_size, seed=0, tokens=few).largest()
-        self.measured = measure_pass(model, task, largest, world, config)
+        while self.measured is None:
+            largest = task.steps(rows, batch_size=config.batch_size, seed=0, tokens=tokens).largest()
+            try:
+                self.measured = measure_pass(model, task, largest, world, config)
+            except InputError:  # out of memory; a part of it tells what would fit
+                if tokens < 1024:
+                    raise
+                tokens //= 4
         needed = self.measured.memory(wanted, config.optim.name)
         fits = self.measured.fitting(int(0.9 * memory), config.optim.name)
         text = (
-            f"a rank needs about {needed / 1e9:.1f} GB with --tokens_per_device {wanted},"
+            f"a rank needs about {needed / 1e9:.1f} GB with micro-batches of {wanted} tokens,"
             f" {where}: {memory / 1e9:.1f} GB"
         )
         if needed > memory:
-            raise InputError(
-                f"{text}; " + (f"--tokens_per_device {fits} fits." if fits else "not even 256 tokens fit.")
-                + " --model.activation_checkpointing true needs less."
-            )  # fmt: skip
-        return f"{text}; up to {fits} tokens would fit (the curve stays the same)"
+            remedy = f"--tokens_per_device {fits} fits" if fits else "not even 256 tokens fit"
+            raise InputError(f"{text}; {remedy}; --model.activation_checkpointing true needs less.")
+        return f"{text}; --tokens_per_device {fits} would fit, with the same curve"
 
     def duration(self) -> str:
         measured, config = self._need(self.measured, "the memory"), self.config
@@ -227,8 +229,9 @@ class Doctor:
         )
         needed = steps * step_s
         text = (
-            f"{steps} steps of {step_s:.2f} s on {devices} device(s): about {clock(needed)}, evaluations apart;"
-            f" a save takes about {save_s:.1f} s: --signal=B:USR1@{signal_s(step_s, save_s)} is early enough"
+            f"{steps} steps of {step_s:.2f} s on {devices} device(s): about {clock(needed)},"
+            f" evaluations apart; a save takes about {save_s:.1f} s:"
+            f" --signal=B:USR1@{signal_s(step_s, save_s)} is early enough"
         )
         job_end()
         deadline = Deadline.from_env(lambda: save_s)

@@ -94,7 +94,7 @@ def submit(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., SlurmJob]]:
 
     def begin(
         script: str, *arguments: str, sbatch: Any = (), plan: Any = None, fault: Any = None,
-        folder: Path | None = None, **environment: str,
+        folder: Path | None = None, scripts: Path = ROOT / "launch", **environment: str,
     ) -> SlurmJob:  # fmt: skip
         python = None
         if plan is not None:
@@ -112,7 +112,7 @@ exec "{sys.executable}" "${{line[@]}}"
         jobs.append(
             SlurmJob(
                 cluster, folder or tmp_path / f"job{len(jobs)}", list(sbatch),
-                ROOT / f"launch/{script}.sbatch", list(arguments), environment, python,
+                scripts / f"{script}.sbatch", list(arguments), environment, python,
             )
         )  # fmt: skip
         return jobs[-1]

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,19 @@ def test_a_users_error_is_not_requeued(submit: Any, options: Any) -> None:
     )  # fmt: skip
     assert job.end() == ("FAILED", 2) and job.restarts() == 0
     assert f"plainloop: error: {missing}: no such file." in job.output()
+
+
+def test_the_wheels_own_scripts(submit: Any, options: Any, installed_wheel: Any) -> None:
+    """And a time limit that is no concern: one life."""
+    _, target = installed_wheel
+    job = submit(
+        "train", "--cpu-workers", "1", *as_arguments(options, max_steps=3, run_dir="run"), sbatch=NO_GPU,
+        scripts=target / "plainloop/launch", PYTHONPATH=str(target),
+    )  # fmt: skip
+    assert job.end() == ("COMPLETED", 0), job.output()
+    assert lives(job.output()) == [(0, 3)] and job.restarts() == 0
+    code = "import plainloop.trainer.run as run; print(run.__file__)"
+    where = subprocess.run(
+        [sys.executable, "-c", code], cwd=job.folder, env={"PYTHONPATH": str(target)}, capture_output=True
+    )
+    assert where.stdout.decode().startswith(str(target))

@@ -1,0 +1,234 @@
+"""plainloop doctor: each check says yes here, and no with a remedy where its fault is put."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plainloop.data.types import InputError
+from plainloop.trainer import doctor as doctor_module
+from plainloop.trainer.config import TrainConfig
+from plainloop.trainer.doctor import Doctor, Doubt
+from plainloop.trainer.manifest import write_manifest
+from plainloop.trainer.options import parse
+from plainloop.trainer.probe import TwoRanks, try_file_system, versions
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def doctor(options: Any, tmp_path: Path) -> Callable[..., Doctor]:
+    def make(**changes: Any) -> Doctor:
+        config = parse(TrainConfig, as_arguments(options | changes), program="test")
+        return Doctor(config, tmp_path / "scratch")
+
+    return make
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "plainloop.trainer", "doctor", *arguments]
+    return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_real_model_and_real_data(minilm: str, real_data: Path, tmp_path: Path) -> None:
+    """Everything is well, in under 60 s; nothing is left behind."""
+    arguments = {
+        "run_dir": tmp_path / "runs/squad", "model.path": minilm,
+        "data.train": real_data / "squad2/train-v2.0.subset.json",
+        "data.dev": real_data / "squad2/dev-v2.0.heldout.json",
+    }  # fmt: skip
+    started = time.monotonic()
+    done = run(as_arguments(arguments))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 60
+    *lines, last = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * 11 and last.startswith("ready")
+    assert "11578 training examples" in done.stdout and "5014 to evaluate" in done.stdout
+    assert "22.7 M parameters" in done.stdout and "--signal=B:USR1@" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_with_faults(options: Any) -> None:
+    """A fault in one check does not hide those of others; exit code 1."""
+    changes = {"data.train": "missing.json", "epochs": 0}
+    done = run(as_arguments(options | changes), MASTER_ADDR="no.such.host")
+    assert done.returncode == 1
+    levels = {
+        line.split(":")[0].split(maxsplit=1)[1]: line.split()[0] for line in done.stdout.splitlines()[:-1]
+    }
+    assert {name for name, level in levels.items() if level == "FAIL"} == {"options", "data", "host"}
+    assert {name for name, level in levels.items() if level == "WARN"} == {"memory", "time"}  # not checked
+    assert "missing.json: no such file" in done.stdout and "epochs is 0" in done.stdout
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "torch" in versions()
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.9.1" if name == "torch" else real(name)
+    )
+    with pytest.raises(InputError, match=r"torch 2.9.1, wanted >=2.10: pip install"):
+        versions()
+
+
+def test_device(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor(device="cpu").device().startswith("cpu, ")
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="PyTorch sees no GPU here"):
+            doctor(device="cuda").device()
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+        with pytest.raises(InputError, match=r"the job has 2 GPU\(s\), PyTorch .* sees none"):
+            doctor(device="auto").device()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(options: Any, tmp_path: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    done = run(as_arguments(options | {"device": "cuda", "run_dir": tmp_path / "run"}))
+    assert done.returncode == 0, done.stdout
+    assert torch.cuda.get_device_name(0) in done.stdout
+
+
+def test_model(doctor: Any, tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    write_manifest(tmp_path / "model", {"kind": "model", "name": "user/tiny", "revision": "x"})
+    path = {"model.path": str(tmp_path / "model")}
+    assert "readable without network, as it was fetched" in doctor(**path).model()
+    with open(tmp_path / "model/model.safetensors", "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    with pytest.raises(InputError, match="model.safetensors has another SHA-256 .*; fetch it again"):
+        doctor(**path).model()
+    with pytest.raises(InputError, match="no such folder"):
+        doctor(**{"model.path": "./nowhere"}).model()
+
+
+def test_t5_in_fp16(text_options: Any, tmp_path: Path) -> None:
+    config = parse(TrainConfig, as_arguments(text_options | {"precision": "fp16"}), program="test")
+    with pytest.raises(Doubt, match="a t5 overflows in fp16: use --precision bf16 or fp32"):
+        Doctor(config, tmp_path / "scratch").model()
+
+
+def test_text_data_memory_and_time(text_options: Any, text_files: Any, tmp_path: Path) -> None:
+    options = text_options | {"data.dev": str(text_files[1])}
+    found = Doctor(parse(TrainConfig, as_arguments(options), program="test"), tmp_path / "scratch")
+    found.device(), found.model()
+    assert "120 training examples, about 120 rows" in found.training_data()
+    assert "40 to evaluate" in found.training_data()
+    assert "would fit" in found.memory() and found.duration().startswith("30 steps of ")
+
+
+def test_data(doctor: Any, squad_file: Path, tmp_path: Path) -> None:
+    content = json.loads(squad_file.read_text())
+    content["data"][0]["paragraphs"][0]["qas"][0]["question"] = " "
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    changed = doctor(**{"data.train": str(tmp_path / "bad.json")})
+    changed.device(), changed.model()
+    with pytest.raises(InputError, match=r"1 bad record\(s\)(.|\n)*the question is empty"):
+        changed.training_data()
+
+
+def test_a_small_disk(doctor: Any, small_disk: Path, minilm: str) -> None:
+    found = doctor(run_dir=str(small_disk / "deep/run"), **{"model.path": minilm})
+    found.device(), found.model()
+    with pytest.raises(
+        InputError, match=r"4 checkpoints of 0.28 GB, 0.0 GB free .*: lower --checkpoint.keep_last"
+    ):
+        found.space()
+    with pytest.raises(InputError, match=r"No space left on device; choose another --run_dir"):
+        found.run_folder()
+    assert not list(small_disk.iterdir())
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(InputError, match="Read-only file system"):
+        found.run_folder()
+
+
+def test_a_file_system_without_exclusive_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert try_file_system(tmp_path) > 0
+    (tmp_path / "other").mkdir()
+    real = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda self, **_: real(self))
+    with pytest.raises(InputError, match="two runs could write here at once"):
+        try_file_system(tmp_path / "other")
+
+
+def test_two_ranks(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "a sum of 4 MB in" in doctor().two_ranks()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    with pytest.raises(InputError, match=r"Name the network interface: GLOO_SOCKET_IFNAME .*lo"):
+        doctor().two_ranks()
+
+
+def test_ranks_that_do_not_meet_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = TwoRanks("cpu")
+    with pytest.raises(InputError, match="did not find each other"):
+        ranks.seconds(0.01)
+    assert all(rank.wait(5) for rank in ranks.ranks)
+
+
+def test_memory_and_time(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    found = doctor(**{"data.dev": options["data.train"]})
+    found.device(), found.model(), found.training_data()
+    assert "would fit, with the same curve" in found.memory()
+    assert "no job here" in found.duration()
+    now = int(time.time())
+    monkeypatch.setenv("SLURM_JOB_START_TIME", str(now - 10))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(now + 90))
+    found.measured = dataclasses.replace(found.measured, seconds=10.0)
+    with pytest.raises(Doubt, match=r"the job ends in .* requeues to be expected: a longer --time"):
+        found.duration()
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1250")
+    with pytest.raises(InputError, match=r"the job's memory on a node: 1.3 GB; --tokens_per_device \d+ fits"):
+        big = doctor(tokens_per_device=20000, batch_size=300, **{"data.dev": options["data.train"]})
+        big.device(), big.model(), big.training_data()
+        big.memory()
+
+
+@pytest.mark.slow
+def test_the_memory_estimate_is_near_the_truth(
+    minilm: str, real_data: Path, tmp_path: Path, options: Any
+) -> None:
+    """Against the highest use of a real run of a few steps: between 0.7 and 1.6 times."""
+    tokens = 2048
+    options |= {
+        "model.path": minilm, "precision": "bf16", "batch_size": 16, "data.limit": 300,
+        "data.train": str(real_data / "squad2/train-v2.0.subset.json"), "data.max_length": 384,
+        "data.stride": 128, "tokens_per_device": tokens, "max_steps": 2,
+    }  # fmt: skip
+    found = Doctor(parse(TrainConfig, as_arguments(options), program="test"), tmp_path / "scratch")
+    found.device(), found.model()
+    with pytest.raises(Doubt, match="no data.dev"):
+        found.training_data()
+    found.memory()
+    assert found.measured
+    estimate = found.measured.memory(tokens, "adamw") / 1e9
+    line = [sys.executable, "-m", "plainloop.trainer", "train", *as_arguments(options)]
+    subprocess.run(line, check=True, capture_output=True, timeout=300)
+    records = [json.loads(t) for t in (Path(options["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    peak = max(record.get("memory_gb", 0) for record in records)
+    print(f"estimate {estimate:.2f} GB, peak {peak:.2f} GB")
+    assert 0.7 < estimate / peak < 1.6
+
+
+def test_the_module_names_all_checks() -> None:
+    """Every public method is in the list that is run."""
+    methods = {n for n, v in vars(Doctor).items() if callable(v) and not n.startswith("_")} - {"run"}
+    source = Path(str(doctor_module.__file__)).read_text()
+    assert all(f"self.{name})" in source or f"self.{name}," in source for name in methods)
