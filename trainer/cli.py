@@ -123,10 +123,10 @@ def _fetch(arguments: list[str]) -> int:
 
 def _doctor(arguments: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # as on a compute node, wherever this is
-    from plainloop.trainer.config import TrainConfig
+    from plainloop.trainer.config import DoctorConfig
     from plainloop.trainer.options import parse
 
-    config = parse(TrainConfig, arguments, program="plainloop doctor")
+    config = parse(DoctorConfig, arguments, program="plainloop doctor")
     from plainloop.trainer.doctor import doctor
 
     return doctor(config)

@@ -171,6 +171,13 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorConfig(TrainConfig):
+    """Will `plainloop train` with these options run on this machine? A line per check."""
+
+    hours: float | None = option(None, "the job's time limit; default: that of the job this runs in, if any")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """Score a checkpoint, or a file of predictions: the official SQuAD figures or CausalQA's, offline."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-MARGIN_S = 60.0  # Slurm's signal may come 30 s late; noticing it and ending take some more
+MARGIN_S = 60.0  # to notice RUN/stop (a network file system may show it late) and to end all processes
 
 
 class Deadline:
@@ -25,7 +25,8 @@ class Deadline:
     @classmethod
     def from_env(cls, save_s: Callable[[], float]) -> Deadline | None:
         end, start = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("END", "START"))
-        if not end.isdigit() or int(end) - time.time() > 10 * 365 * 86400:  # UNLIMITED
+        # UNLIMITED is some hundred years ahead; a time that is past is that of an outer job.
+        if not end.isdigit() or not 0 < int(end) - time.time() < 10 * 365 * 86400:
             return None
         return cls(float(start) if start.isdigit() else time.time(), float(end), save_s)
 

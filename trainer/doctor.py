@@ -22,7 +22,7 @@ from plainloop.data.types import InputError
 from plainloop.models.load import load_config
 from plainloop.models.seq2seq import OVERFLOWS_IN_FP16
 from plainloop.trainer.checks import check_train_config
-from plainloop.trainer.config import TrainConfig
+from plainloop.trainer.config import DoctorConfig
 from plainloop.trainer.deadline import Deadline, clock, signal_s
 from plainloop.trainer.distributed import World, world_from_env
 from plainloop.trainer.manifest import fault_of, read_source
@@ -55,7 +55,7 @@ class Doubt(Exception):
 class Doctor:
     """Each check is a method that returns its line, or raises InputError (FAIL) or Doubt (WARN)."""
 
-    def __init__(self, config: TrainConfig, scratch: Path) -> None:
+    def __init__(self, config: DoctorConfig, scratch: Path) -> None:
         self.config, self.failed = config, False
         # Data is tokenised in part, and not into the cache of the run.
         self.data = replace(config.data, cache_dir=str(scratch), processes=1)
@@ -89,8 +89,8 @@ class Doctor:
                 level, text = "ok", check()
             except Doubt as doubt:
                 level, text = "WARN", str(doubt)
-            except (InputError, OSError) as error:
-                level, text, self.failed = "FAIL", str(error), True
+            except (InputError, OSError, RuntimeError) as error:  # RuntimeError: of CUDA
+                level, text, self.failed = "FAIL", str(error).strip().partition("\n  #")[0], True
             print(f"{level:4}  {name}: {text}", flush=True)
         return int(self.failed)
 
@@ -130,6 +130,9 @@ class Doctor:
     def training_data(self) -> str:
         config, task = self.config, self._need(self.task, "the model")
         rows = task.prepare("train", config.data.train or "", limit=min(SAMPLE, config.data.limit or SAMPLE))
+        for folder in (Path(str(config.data.train)), Path(str(config.data.train)).parent):
+            if read_source(folder) and (fault := fault_of(folder)):
+                raise InputError(f"{folder}: {fault}; fetch it again.")
         self.examples = min(self._count("train", config.data.train), config.data.limit or 2**62)
         self.rows = rows
         text = f"{self.examples} training examples, about {self._rows()} rows of {self._length():.0f} tokens"
@@ -235,8 +238,10 @@ class Doctor:
         )
         job_end()
         deadline = Deadline.from_env(lambda: save_s)
+        if config.hours:
+            deadline = Deadline(time.time(), time.time() + 3600 * config.hours, lambda: save_s)
         if deadline is None:
-            return f"{text}; no job here whose time limit could be too short"
+            return f"{text}; how often will it be requeued? --hours says how long the job may take"
         outlook = deadline.outlook(needed, step_s)
         if told := deadline.warning(outlook, needed):
             raise Doubt(f"{text}; {told}: a longer --time, or let launch/train.sbatch requeue it")
@@ -277,7 +282,7 @@ class Doctor:
         return 12 * self.parameters + (4 << 20)
 
 
-def doctor(config: TrainConfig) -> int:
+def doctor(config: DoctorConfig) -> int:
     """Print all checks of `plainloop train` with this config; exit code 1 when one fails."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # one process, even where srun starts it as a rank
         os.environ.pop(name, None)

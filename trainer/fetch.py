@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -30,15 +31,22 @@ DATA_FILES = ("*.parquet", "*.arrow", "*.json", "*.jsonl", "*.json.gz", "*.csv",
 
 def fetch(config: FetchConfig) -> None:
     """Everything that was asked for. Raises InputError; what is on disk already is kept."""
-    out = Path(config.out_dir)
+    try:
+        made = _fetch_all(config, Path(config.out_dir))
+    except (IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as error:
+        raise InputError(f"{error.filename}: {error.strerror}; choose another file or --out_dir.") from None
+    print("\n".join(made))
+
+
+def _fetch_all(config: FetchConfig, out: Path) -> list[str]:
     if not (config.model or config.dataset or config.causalqa):
         raise InputError("fetch wants --model NAME, --dataset NAME or --causalqa ARCHIVE, or several.")
-    made = []
+    made: list[str] = []
     if config.causalqa:
-        made.append(_causalqa(Path(config.causalqa), out / "data/causalqa"))
+        made += _causalqa(Path(config.causalqa), out / "data/causalqa")
     if config.model:
         name = config.model.rpartition("/")[2]
-        made.append(_from_hub("model", config.model, config.revision, out / "models" / name, _model))
+        made += _from_hub("model", config.model, config.revision, out / "models" / name, _model)
     if config.dataset:
         name = config.dataset.rpartition("/")[2]
         into = out / "data" / name
@@ -46,8 +54,8 @@ def fetch(config: FetchConfig) -> None:
         def convert(folder: Path) -> None:
             _splits(folder, config.dataset_config)
 
-        made.append(_from_hub("dataset", config.dataset, config.dataset_revision, into, convert))
-    print("\n".join(line for lines in made for line in lines))
+        made += _from_hub("dataset", config.dataset, config.dataset_revision, into, convert)
+    return made
 
 
 def _from_hub(
@@ -56,17 +64,18 @@ def _from_hub(
     """Download the files of one commit; check() makes of them what is to be there, or raises InputError."""
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    temporary = final.with_name(f".tmp-{final.name}")  # an interrupted download goes on from here
     try:
         info = HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, revision=revision)
         source = {"kind": kind, "name": name, "revision": info.sha, "hub": constants.ENDPOINT}
         if final.exists():
             return _already(final, source)
         wanted = _wanted([sibling.rfilename for sibling in getattr(info, "siblings", None) or []], kind)
+        temporary = final.with_name(f".tmp-{final.name}-{info.sha}")  # an interrupted download goes on here
+        raw = temporary / ".raw" if kind == "dataset" else temporary
         print(f"fetch: {kind} {name} at {str(info.sha)[:12]}, {len(wanted)} files -> {final}", flush=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+        raw.mkdir(parents=True, exist_ok=True)
         snapshot_download(
-            name, repo_type=kind, revision=info.sha, local_dir=temporary, allow_patterns=wanted,
+            name, repo_type=kind, revision=info.sha, local_dir=raw, allow_patterns=wanted,
             endpoint=constants.ENDPOINT,
         )  # fmt: skip
     except errors.GatedRepoError:
@@ -83,17 +92,12 @@ def _from_hub(
         raise InputError(f"hub: {name}: {' '.join(str(error).split())[:200]}") from None
     except errors.OfflineModeIsEnabled:
         raise InputError("fetch wants the network, and HF_HUB_OFFLINE is set: unset it.") from None
-    except (
-        errors.HTTPError,
-        errors.LocalEntryNotFoundError,
-        ConnectionError,
-    ) as error:  # of the HTTP library that this hub version uses
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"hub: {constants.ENDPOINT} could not be asked for {name} ({reason}). Run fetch where there is"
             " internet, as on a login node; the same command goes on where it was interrupted."
         ) from None
-    shutil.rmtree(temporary / ".cache", ignore_errors=True)
     check(temporary)
     return _publish(temporary, final, source)
 
@@ -116,6 +120,7 @@ def _model(folder: Path) -> None:
     """Better found here than on a compute node: can config and tokenizer be loaded?"""
     from plainloop.models.load import load_config, load_tokenizer
 
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # of the download
     encoder = not load_config(str(folder)).is_encoder_decoder
     load_tokenizer(str(folder), fast=encoder)
 
@@ -126,11 +131,9 @@ def _splits(folder: Path, name: str | None) -> None:
 
     datasets.disable_progress_bars()
     raw, cache = folder / ".raw", folder / ".cache"
-    if not raw.exists():
-        files = list(folder.iterdir())
-        raw.mkdir()
-        for file in files:
-            os.rename(file, raw / file.name)
+    for rest in folder.iterdir():  # of a try that was broken off, perhaps with another configuration
+        if rest != raw:
+            shutil.rmtree(rest)
     try:
         found = datasets.load_dataset(str(raw), name, cache_dir=str(cache))
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
@@ -168,7 +171,12 @@ def _causalqa(archive: Path, final: Path) -> list[str]:
             for member, name in zip(members, names, strict=True):
                 with opened.open(member) as compressed, open(temporary / name, "xb") as stream:
                     shutil.copyfileobj(compressed, stream)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # RuntimeError: encrypted
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # RuntimeError: encrypted
         raise InputError(
             f"{archive}: not a zip that can be read ({error}). Is the download complete?"
         ) from None

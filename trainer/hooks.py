@@ -119,6 +119,7 @@ class LogLine:
         self.log, self.every, self.watch, self.lr, self.deadline = log, every, watch, lr, deadline
         self._since: tuple[float, float, Traffic, int] | None = None
         self._start: tuple[float, int] | None = None
+        self._at_start = 0.0  # seconds apart from training
 
     def __call__(self, progress: Progress) -> None:
         state, traffic = progress.state, progress.traffic
@@ -126,6 +127,9 @@ class LogLine:
         if self._since is None:
             self._since = (now, traffic.waiting_s, Traffic(), int(state.nonfinite_total))
             self._start = (now, state.step)
+        assert self._start is not None
+        if state.step <= self._start[1] + 1:
+            self._at_start = self.watch.other  # an evaluation that this start had to make up for
         if state.loss_count == 0 or not due(state.step, self.every, progress.total_steps):
             return
         loss = sum_over_ranks(state.loss_sum).item() / state.loss_count  # one host sync
@@ -133,12 +137,13 @@ class LogLine:
         state.loss_count = 0
         now = time.perf_counter() - self.watch.other
         before, waited, old, nonfinite = self._since
-        assert self._start is not None
         elapsed = max(now - before, 1e-9)
         steps_done = max(state.step - self._start[1], 1)
-        # What is left will be evaluated and saved as often as what is done.
+        # What is left will be evaluated and saved as often as what is done; but not at its start.
         trained_s = now - self._start[0]
-        left_s = (trained_s + self.watch.other) / steps_done * (progress.total_steps - state.step)
+        left_s = (
+            (trained_s + self.watch.other - self._at_start) / steps_done * (progress.total_steps - state.step)
+        )
         tokens, padded = traffic.tokens - old.tokens, traffic.padded_tokens - old.padded_tokens
         values = {
             "epoch": state.step / progress.steps_per_epoch,

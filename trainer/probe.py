@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plainloop.data.types import InputError, MicroBatch
 from plainloop.trainer.checkpoint import no_follow
@@ -60,42 +61,62 @@ class Pass:
         return max(0, int((memory - self.memory(0, optimizer)) / per_token / 256)) * 256
 
 
+class _Casts(TorchDispatchMode):
+    """Notes the storages of what autocast makes of the weights: their size does not grow with the tokens."""
+
+    def __init__(self, weights: set[int]) -> None:
+        super().__init__()
+        self.weights, self.storages = weights, set[int]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default and _storage(args[0]) in self.weights:
+            self.storages.add(_storage(result))
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def measure_pass(
     model: torch.nn.Module, task: Task, micro_batch: MicroBatch, world: World, config: TrainConfig
 ) -> Pass:
     """Two passes of the loop's warm-up, without an optimizer step. Raises InputError for want of memory."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {frozenset(p.shape) for p in model.parameters()}
-    kept: dict[int, tuple[int, bool]] = {}  # by storage: a tensor may be kept for several operations
+    device = world.device
+    try:
+        model.to(device).train()
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"not even the weights fit into memory: is another program there? ({error})"
+        ) from None
+    optimizer, scaler = make_optimizer(model, config.optim), make_scaler(config.precision, device)
+    state = TrainState(model, model, optimizer, scaler, device)
+    options = StepOptions(task.loss_sum, lambda _: 0.0, world, config.seed, config.precision, 0.0)
+    weights = {_storage(p) for p in model.parameters()}
+    kept: dict[int, int] = {}  # bytes of each storage: a tensor may be kept for several operations
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            cast = tensor.dtype in (torch.bfloat16, torch.float16) and frozenset(tensor.shape) in shapes
-            kept[storage.data_ptr()] = (storage.nbytes(), cast)
-        return tensor
+        if _storage(tensor) not in weights:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the tensor itself would be a circle, left in memory by an error in forward
 
-    model.to(world.device).train()
-    state = TrainState(
-        model,
-        model,
-        make_optimizer(model, config.optim),
-        make_scaler(config.precision, world.device),
-        world.device,
-    )
-    options = StepOptions(task.loss_sum, lambda _: 0.0, world, config.seed, config.precision, 0.0)
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        warm_up(
-            state, micro_batch, options, passes=1
-        )  # all tensors live at its end: no address is used twice
+    with saved_tensors_hooks(note, lambda tensor: tensor), _Casts(weights) as casts:
+        warm_up(state, micro_batch, options, passes=1)
+    _wait(device)
     started = time.perf_counter()
     warm_up(state, micro_batch, options, passes=1)
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
+    _wait(device)
     seconds = time.perf_counter() - started
     tokens = sum(t.numel() for name, t in micro_batch[0].items() if name.endswith("input_ids"))
-    activations, casts = (sum(n for n, cast in kept.values() if cast is kind) for kind in (False, True))
-    return Pass(tokens, seconds, activations, casts, sum(p.numel() for p in model.parameters()))
+    cast = sum(size for storage, size in kept.items() if storage in casts.storages)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Pass(tokens, seconds, sum(kept.values()) - cast, cast, parameters)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def memory_of(world: World) -> tuple[int, str]:
@@ -104,10 +125,14 @@ def memory_of(world: World) -> tuple[int, str]:
         return torch.cuda.get_device_properties(world.device).total_memory, torch.cuda.get_device_name(
             world.device
         )
-    if (given := os.environ.get("SLURM_MEM_PER_NODE", "")).isdigit():
-        return int(given) << 20, "the job's memory on a node"
+    node, cpu, cpus = (
+        int(value) if (value := os.environ.get(f"SLURM_{name}", "")).isdigit() else 0
+        for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
+    )
+    if given := node or cpu * cpus:
+        return given << 20, "the job has on a node, for all its ranks"
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) << 10, "free memory of this machine"
+    return int(lines["MemAvailable"].split()[0]) << 10, "this machine has free"
 
 
 def try_file_system(folder: Path) -> float:
@@ -246,6 +271,8 @@ def parameters_of(config: Any) -> int:
 def _rank(device: str) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     world = World(rank, size, rank, torch.device("cuda", rank) if device == "cuda" else torch.device("cpu"))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     with process_group(world, timeout_s=40):
         tensor = torch.ones(1 << 20, device=world.device)
         sum_over_ranks(tensor)

@@ -186,15 +186,6 @@ def _start(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _age_s() -> float:
-    """Seconds since this process, or torchrun's agent that started it, began; 0 where that can't be known."""
-    began = _start(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
-    ticks = os.sysconf("SC_CLK_TCK")
-    if began is None:
-        return 0.0
-    return float(Path("/proc/uptime").read_text().split()[0]) - int(began) / ticks
-
-
 class RunFolder:
     """Rank 0 writes here; a rank that fails by itself leaves its reason too."""
 
@@ -283,14 +274,13 @@ def _open(run_dir: Path, lock: Lock, say: Callable[[str], None]) -> None:
                 )
         probe = run_dir / f".tmp-probe-{lock.token}"
         write_atomically(probe, "probe")
-        began = probe.stat().st_mtime - _age_s()  # of this job, by the folder's clock
         probe.unlink()
         lock.acquire(say)
         sweep(run_dir)
         sweep(run_dir / "evaluation")
-        with contextlib.suppress(FileNotFoundError):
-            if (run_dir / "stop").stat().st_mtime < began:  # meant for an earlier job, not for this one
-                (run_dir / "stop").unlink()
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if not restarted and "PLAINLOOP_KEEP_STOP" not in os.environ:  # which launch/train.sbatch sets
+            (run_dir / "stop").unlink(missing_ok=True)  # of an earlier job
     except OSError as error:
         raise InputError(
             f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."

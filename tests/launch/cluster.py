@@ -41,7 +41,8 @@ def _which(name: str) -> str | None:
 class Cluster:
     """start() ... stop(). nodes n1, n2, ... with 64 CPUs and `gpus` GPUs each, all of them pretended.
 
-    Partition `main`, and `urgent`, whose jobs preempt those of `main` (they are requeued).
+    Partitions `main` and `graceful`, and `urgent`, whose jobs preempt those of the others (they are
+    requeued, in `graceful` after 100 s).
     """
 
     def __init__(self, root: Path, *, nodes: int = 2, gpus: int = 2, kill_wait_s: int = 10) -> None:
@@ -172,6 +173,7 @@ TreeWidth=64
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=graceful Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=100
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
         )

@@ -1,12 +1,14 @@
 """Stands in for `python` in tests of the batch scripts' own logic: notes the command line, then does as the
 environment variable PLAN says, a list of what to do in each life of the job:
 
-wait      until RUN/stop is there
+wait      until RUN/stop is there, or SIGTERM comes
+saves_s   seconds that it takes then
 status    written to RUN/status.json (null: nothing is written)
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,9 +23,13 @@ with open(os.environ["NOTES"], "a", encoding="utf-8") as stream:
     stream.write(json.dumps(note) + "\n")
 run_dir = Path(arguments[arguments.index("--run_dir") + 1]) if "--run_dir" in arguments else Path()
 plan = json.loads(os.environ["PLAN"])[life]
-until = time.monotonic() + 60
-while plan.get("wait") and not (run_dir / "stop").exists() and time.monotonic() < until:
+terminated: list[int] = []
+if plan.get("wait"):
+    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
+until = time.monotonic() + 120
+while plan.get("wait") and not terminated and not (run_dir / "stop").exists() and time.monotonic() < until:
     time.sleep(0.05)
+time.sleep(plan.get("saves_s", 0))
 if status := plan.get("status"):
     (run_dir / "status.json").write_text(json.dumps({**status, "time": time.time()}))
 sys.exit(plan.get("code", 0))

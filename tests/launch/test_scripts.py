@@ -83,27 +83,81 @@ def test_stopped_by_hand_is_not_requeued(submit: Any) -> None:
     (by_file.folder / "run/stop").touch()
     by_scancel.cluster.run("scancel", str(by_scancel.number))
     by_scancel.wait_until(lambda: "SIGTERM from Slurm" in by_scancel.output())
-    (by_scancel.folder / "run/stop").touch()  # as if the trainer had saved after its SIGTERM
+    by_scancel.wait_until((by_scancel.folder / "run/status.json").exists)  # saved, as the trainer does
     assert by_file.end() == ("FAILED", 75) and by_file.restarts() == 0
     assert by_scancel.end()[0] == "CANCELLED"
     time.sleep(1)
     assert by_scancel.restarts() == 0 and len(by_scancel.noted()) == 1
 
 
-def test_a_signal_before_anything_runs_is_not_lost(submit: Any, tmp_path: Path) -> None:
+def test_scancel_after_the_warning_ends_it(submit: Any) -> None:
+    """While the run still saves. `scontrol requeue` would bring a cancelled job back to life."""
+    job = submit(
+        "train", "--cpu-workers=1", "--run_dir=run", sbatch=NO_GPU,
+        plan=[{"wait": True, "saves_s": 2, "status": STOPPED}, {"status": COMPLETED}],
+    )  # fmt: skip
+    job.wait_until(job.noted)
+    job.signal()
+    job.wait_until((job.folder / "run/stop").exists)
+    job.cluster.run("scancel", str(job.number))
+    assert job.end()[0] == "CANCELLED"
+    assert "stopped at step 7, begun at 3; exit code 75" in job.output()
+    time.sleep(8)  # a requeued job would begin after 6
+    assert job.restarts() == 0 and len(job.noted()) == 1
+
+
+def test_a_preemption_with_a_grace_time(submit: Any) -> None:
+    """Then only the tasks are signalled; the script puts the job back without waiting for the grace's end."""
+    job = submit(
+        "train", "--cpu-workers=1", "--run_dir=run", sbatch=[*NO_GPU, "--partition=graceful"],
+        plan=[{"wait": True, "status": STOPPED}, {"status": COMPLETED}],
+    )  # fmt: skip
+    job.wait_until(job.noted)
+    everything = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=64"]
+    urgent = job.cluster.sbatch(*everything, "--output=/dev/null", "--wrap=sleep 1")
+    assert job.end(60) == ("COMPLETED", 0), job.output()
+    assert job.restarts() == 1
+    assert job.cluster.wait(urgent)["JobState"] == "COMPLETED"
+
+
+def test_a_task_of_an_array_is_requeued_alone(submit: Any) -> None:
+    """The number of one of them is the array's: by that number Slurm would requeue all."""
+    job = submit(
+        "train", "--cpu-workers=1", "--run_dir=run", sbatch=[*NO_GPU, "--array=1-2"],
+        plan=[{"wait": True, "status": STOPPED}, {"status": COMPLETED}],
+    )  # fmt: skip
+    job.wait_until(lambda: len(job.noted()) == 2)
+    tasks = {note["env"]["SLURM_JOB_ID"]: note["env"]["SLURM_ARRAY_TASK_ID"] for note in job.noted()}
+    first = tasks.pop(str(job.number))
+    (other,) = tasks.values()
+    (job.folder / f"run/seed-{other}/stop").touch()
+    job.cluster.run("scancel", "--batch", "--signal=USR1", f"{job.number}_{first}")
+    job.wait_until(lambda: len(job.noted()) == 3)
+    assert job.noted()[2]["env"]["SLURM_ARRAY_TASK_ID"] == first and job.noted()[2]["life"] == 1
+    job.wait_until(lambda: job.output().count("exit code 0") == 1)
+    time.sleep(1)
+    assert len(job.noted()) == 3
+
+
+@pytest.mark.slow
+def test_a_signal_before_anything_runs_is_not_lost(submit: Any, options: Any, tmp_path: Path) -> None:
     """While modules are loaded, here by a virtual environment that takes its time."""
     folder = tmp_path / "early"
     (folder / ".venv/bin").mkdir(parents=True)
-    (folder / ".venv/bin/activate").write_text("touch loading; for i in 1 2 3 4 5; do sleep 0.2; done\n")
+    slow = (
+        f"touch loading; for i in 1 2 3 4 5; do sleep 0.2; done; PATH={Path(sys.executable).parent}:$PATH\n"
+    )
+    (folder / ".venv/bin/activate").write_text(slow)
     (folder / "run").mkdir()
     (folder / "run/stop").touch()  # of an earlier job, and no concern of this one
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     job = submit(
-        "train", "--cpu-workers=1", "--run_dir=run", sbatch=NO_GPU, folder=folder, VIRTUAL_ENV="",
-        plan=[{"wait": True, "status": {**STOPPED, "step": 3}}],
+        "train", "--cpu-workers=1", *arguments, "--run_dir=run", sbatch=NO_GPU, folder=folder, VIRTUAL_ENV=""
     )  # fmt: skip
     job.wait_until((folder / "loading").exists)
     job.signal()
-    assert job.end(30) == ("FAILED", 75)
+    assert job.end(60) == ("FAILED", 75), job.output()
+    assert "stopped at step 0: the file run/stop" in job.output() and "no step was made" in job.output()
 
 
 NAMES = {
@@ -128,7 +182,7 @@ def test_names_are_names(name: str, submit: Any, tmp_path: Path) -> None:
     (note,) = job.noted()
     command = note["argv"][note["argv"].index("plainloop.trainer") :]
     assert command[1:] == [
-        "train", "--device", "cpu", "--config", name, f"--data.train={name}", name, "--run_dir", run_dir,
+        "train", "--config", name, f"--data.train={name}", name, "--device", "cpu", "--run_dir", run_dir,
     ]  # fmt: skip
     assert (job.folder / run_dir / "status.json").exists()
     assert not list(tmp_path.rglob("pwned"))
@@ -166,8 +220,13 @@ def test_processes_and_environment(submit: Any) -> None:
             argv
         )
         assert f"--rdzv-endpoint=n1:{20000 + job % 10000}" in argv and f"--rdzv-id={job}-0" in argv
-        assert argv[-6:] == ["--seed", "1", "--seed", seed, "--run_dir", f"run/seed-{seed}"]
-        assert "cuda" == argv[argv.index("--device") + 1] and env["TMPDIR"] == "/tmp/x"
+        assert argv[-8:-6] == ["--seed", "1"] and argv[-4:] == [
+            "--seed",
+            seed,
+            "--run_dir",
+            f"run/seed-{seed}",
+        ]
+        assert argv[argv.index("--device") + 1] == "cuda" and env["TMPDIR"] == "/tmp/x"
         assert env["HF_HUB_OFFLINE"] == "1" and int(env["SLURM_JOB_END_TIME"]) > time.time() + 3600
     assert {note["env"]["SLURM_ARRAY_TASK_ID"] for note in gpus.noted()} == {"3", "5"}
     assert sorted(int(note["env"]["RANK"]) for note in ranks.noted()) == [0, 1, 2, 3, 4, 5]

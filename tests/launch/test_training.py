@@ -100,6 +100,11 @@ def test_a_true_time_limit(
 ) -> None:
     """Two minutes, of which Slurm warns 30 to 60 s before their end; ranks from Slurm's environment."""
     launch(2, "train", options)
+    status = {"step": 7, "began_at": 3, "exit_code": 75}
+    unwarned = submit(  # no signal ahead of its end: at SIGTERM there is still time to save, and to requeue
+        "train", "--cpu-workers=1", "--run_dir=run", sbatch=["--time=1", "--signal=CONT@1", *NO_GPU],
+        plan=[{"wait": True, "status": {**status, "status": "stopped"}}, {"status": {"status": "completed"}}],
+    )  # fmt: skip
     job = submit(
         "train", "--launcher", "srun", "--cpu-workers", "2", *as_arguments(options, run_dir="run"),
         sbatch=["--time=2", "--signal=B:USR1@30", *NO_GPU], fault={"slow_step_s": 4, "life": 0},
@@ -112,6 +117,8 @@ def test_a_true_time_limit(
     (first, second) = lives(output)
     assert first[0] == 0 < first[1] < 30 and second == (first[1], 30)
     assert_same_bits(tensors(options["run_dir"], 30), tensors(job.folder / "run", 30))
+    assert unwarned.end() == ("COMPLETED", 0) and unwarned.restarts() == 1, unwarned.output()
+    assert "SIGTERM from Slurm: the time limit is reached" in unwarned.output()
 
 
 def test_a_users_error_is_not_requeued(submit: Any, options: Any) -> None:

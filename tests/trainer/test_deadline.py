@@ -1,11 +1,17 @@
 """A job's time limit: what is left, how many requeues, how early the signal."""
 
+import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from plainloop.trainer.deadline import Deadline, clock, signal_s
+from plainloop.trainer.hooks import LogLine, Stopwatch
+from plainloop.trainer.loop import Progress
 
 
 @pytest.fixture
@@ -42,6 +48,7 @@ def test_a_life_too_short_for_anything(job: Any) -> None:
 
 def test_no_limit(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job(0, 30 * 365 * 86400) is None  # UNLIMITED
+    assert job(100, -10) is None
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     assert Deadline.from_env(lambda: 0.0) is None
 
@@ -51,12 +58,36 @@ def test_clock_and_lead() -> None:
     assert signal_s(0.0, 0.0) == 60 and signal_s(0.5, 0.0) == 70 and signal_s(20.0, 10.0) == 90
 
 
+def test_what_a_start_makes_up_for_is_not_in_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 s of an evaluation at the first boundary; then steps of 1 s with 2 s of evaluations each."""
+    now, told, watch = [0.0], [], Stopwatch()
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    log: Any = SimpleNamespace(train_line=lambda *a: told.append(a[2]["left_s"]), record=lambda *a: None)
+    line = LogLine(log, 1, watch, lambda _: 0.0)
+    zero = torch.zeros(())
+    state = SimpleNamespace(
+        step=50, loss_count=0, loss_sum=zero.double(), grad_norm=zero, nonfinite_total=zero,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    progress: Any = Progress(state, total_steps=150, steps_per_epoch=100)  # type: ignore[arg-type]
+    line(progress)
+    now[0], watch.seconds["evaluate"] = 100.0, 100.0
+    for step in range(51, 61):
+        now[0], state.step, state.loss_count = now[0] + 1, step, 1
+        line(progress)
+        now[0] += 2
+        watch.seconds["evaluate"] += 2
+    assert told[0] == pytest.approx(99) and told[-1] == pytest.approx(90 * (10 + 18) / 10)
+
+
 def test_the_log_line_tells_it(
     train: Any, job: Any, options: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job(10, 65)
+    job(10, 300)
+    Path(options["run_dir"]).mkdir()
+    (Path(options["run_dir"]) / "status.json").write_text('{"save_s": 1000}')  # longer than the job has
     train(max_steps=3)
     told = capsys.readouterr().err
-    assert "job 00:01:0" in told and "requeues 1" in told
-    assert "the job ends in 00:01:0" in told and "requeue to be expected" in told
-    assert "--signal=B:USR1@70 is early enough" in told
+    assert "  job 00:04:" in told and "  requeues " in told
+    assert re.search("the job ends in 00:04:.*, the run needs .* requeues? to be expected", told)
+    assert "--signal=B:USR1@70 is early enough" in told  # by this life's own save

@@ -15,7 +15,7 @@ import pytest
 
 from plainloop.data.types import InputError
 from plainloop.trainer import doctor as doctor_module
-from plainloop.trainer.config import TrainConfig
+from plainloop.trainer.config import DoctorConfig
 from plainloop.trainer.doctor import Doctor, Doubt
 from plainloop.trainer.manifest import write_manifest
 from plainloop.trainer.options import parse
@@ -29,7 +29,7 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
 @pytest.fixture
 def doctor(options: Any, tmp_path: Path) -> Callable[..., Doctor]:
     def make(**changes: Any) -> Doctor:
-        config = parse(TrainConfig, as_arguments(options | changes), program="test")
+        config = parse(DoctorConfig, as_arguments(options | changes), program="test")
         return Doctor(config, tmp_path / "scratch")
 
     return make
@@ -121,14 +121,14 @@ def test_model(doctor: Any, tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_t5_in_fp16(text_options: Any, tmp_path: Path) -> None:
-    config = parse(TrainConfig, as_arguments(text_options | {"precision": "fp16"}), program="test")
+    config = parse(DoctorConfig, as_arguments(text_options | {"precision": "fp16"}), program="test")
     with pytest.raises(Doubt, match="a t5 overflows in fp16: use --precision bf16 or fp32"):
         Doctor(config, tmp_path / "scratch").model()
 
 
 def test_text_data_memory_and_time(text_options: Any, text_files: Any, tmp_path: Path) -> None:
     options = text_options | {"data.dev": str(text_files[1])}
-    found = Doctor(parse(TrainConfig, as_arguments(options), program="test"), tmp_path / "scratch")
+    found = Doctor(parse(DoctorConfig, as_arguments(options), program="test"), tmp_path / "scratch")
     found.device(), found.model()
     assert "120 training examples, about 120 rows" in found.training_data()
     assert "40 to evaluate" in found.training_data()
@@ -187,7 +187,11 @@ def test_memory_and_time(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: 
     found = doctor(**{"data.dev": options["data.train"]})
     found.device(), found.model(), found.training_data()
     assert "would fit, with the same curve" in found.memory()
-    assert "no job here" in found.duration()
+    assert "--hours says" in found.duration()
+    patient = dataclasses.replace(found.config, hours=3.0)
+    found.config, config = patient, found.config
+    assert "the job has 02:59:" in found.duration()
+    found.config = config
     now = int(time.time())
     monkeypatch.setenv("SLURM_JOB_START_TIME", str(now - 10))
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(now + 90))
@@ -195,7 +199,9 @@ def test_memory_and_time(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: 
     with pytest.raises(Doubt, match=r"the job ends in .* requeues to be expected: a longer --time"):
         found.duration()
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1250")
-    with pytest.raises(InputError, match=r"the job's memory on a node: 1.3 GB; --tokens_per_device \d+ fits"):
+    with pytest.raises(
+        InputError, match=r"the job has on a node, for all its ranks: 1.3 GB; --tokens_per_device \d+ fits"
+    ):
         big = doctor(tokens_per_device=20000, batch_size=300, **{"data.dev": options["data.train"]})
         big.device(), big.model(), big.training_data()
         big.memory()
@@ -212,7 +218,7 @@ def test_the_memory_estimate_is_near_the_truth(
         "data.train": str(real_data / "squad2/train-v2.0.subset.json"), "data.max_length": 384,
         "data.stride": 128, "tokens_per_device": tokens, "max_steps": 2,
     }  # fmt: skip
-    found = Doctor(parse(TrainConfig, as_arguments(options), program="test"), tmp_path / "scratch")
+    found = Doctor(parse(DoctorConfig, as_arguments(options), program="test"), tmp_path / "scratch")
     found.device(), found.model()
     with pytest.raises(Doubt, match="no data.dev"):
         found.training_data()

@@ -88,6 +88,18 @@ def test_model_and_data(hub: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (model / "vocab.txt").read_text() == "x"
 
 
+def test_a_second_try_is_as_a_first(hub: Any, tmp_path: Path) -> None:
+    """After a configuration that there is not, and another revision's left-overs."""
+    config = FetchConfig(out_dir=str(tmp_path / "out"), dataset="user/squad", dataset_config="x")
+    (tmp_path / "out/data/.tmp-squad-other").mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"datasets can't read this \(--dataset_config\)"):
+            fetch(config)
+    fetch(FetchConfig(out_dir=str(tmp_path / "out"), dataset="user/squad"))
+    names = {path.name for path in (tmp_path / "out/data/squad").iterdir()}
+    assert names == {"train", "validation", "manifest.json"}
+
+
 def test_an_interrupted_download_goes_on(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import _http
 
@@ -180,6 +192,14 @@ def test_bad_archives(archive: Callable[..., Path], tmp_path: Path) -> None:
         "is it the corpus' archive": archive(**{"x.csv": ROWS}).rename(tmp_path / "other.zip"),
         "no such file": tmp_path / "missing.zip",
     }
+    with zipfile.ZipFile(tmp_path / "deflated.zip", "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("x_train_original_split.csv", ROWS * 1000)
+    deflated = bytearray((tmp_path / "deflated.zip").read_bytes())
+    for at in range(60, 120):  # of the compressed bytes
+        deflated[at] ^= 0x55
+    (tmp_path / "deflated.zip").write_bytes(deflated)
+    (tmp_path / "unpacked").mkdir()
+    cases |= {"not a zip that": tmp_path / "deflated.zip", "Is a directory; choose": tmp_path / "unpacked"}
     whole = archive(**GOOD).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "flipped.zip").write_bytes(whole.replace(b"since.,since,", b"since.,sinXe,", 1))
@@ -187,6 +207,9 @@ def test_bad_archives(archive: Callable[..., Path], tmp_path: Path) -> None:
         "Is the download complete": tmp_path / "cut.zip",
         "not a zip that can": tmp_path / "flipped.zip",
     }
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="choose another file or --out_dir"):
+        fetch(FetchConfig(out_dir=str(tmp_path / "file"), causalqa=str(archive(**GOOD))))
     for message, path in cases.items():
         with pytest.raises(InputError, match=message):
             fetch(FetchConfig(out_dir=out, causalqa=str(path)))
