@@ -89,8 +89,9 @@ class Doctor:
                 level, text = "ok", check()
             except Doubt as doubt:
                 level, text = "WARN", str(doubt)
-            except (InputError, OSError, RuntimeError) as error:  # RuntimeError: of CUDA
-                level, text, self.failed = "FAIL", str(error).strip().partition("\n  #")[0], True
+            except (InputError, OSError, RuntimeError) as error:  # RuntimeError: CUDA's, with a long tail
+                text = str(error) if isinstance(error, InputError) else str(error).partition("\n")[0]
+                level, self.failed = "FAIL", True
             print(f"{level:4}  {name}: {text}", flush=True)
         return int(self.failed)
 
@@ -156,10 +157,8 @@ class Doctor:
 
     def space(self) -> str:
         place = existing(Path(self.config.run_dir))
-        needed, keep = (
-            self._checkpoint_bytes(),
-            self.config.checkpoint.keep_last + 2,
-        )  # the best, one under way
+        needed = self._checkpoint_bytes()
+        keep = self.config.checkpoint.keep_last + 2  # the best, and one under way
         there = sum(f.stat().st_size for f in place.glob("checkpoints/*/*") if f.is_file())
         free = shutil.disk_usage(place).free + (there if place == Path(self.config.run_dir) else 0)
         text = f"{keep} checkpoints of {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB free in {place}"
@@ -268,12 +267,9 @@ class Doctor:
         return float(total(self._need(self.rows, "the data").lengths).mean())
 
     def _devices(self) -> int:
-        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-        return (
-            nodes * max(1, torch.cuda.device_count())
-            if self.world and self.world.device.type == "cuda"
-            else 1
-        )
+        if self.world is None or self.world.device.type == "cpu":
+            return 1
+        return int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) * torch.cuda.device_count()
 
     def _checkpoint_bytes(self) -> int:
         """fp32 weights and AdamW's two moments."""

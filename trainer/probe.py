@@ -122,9 +122,8 @@ def _wait(device: torch.device) -> None:
 def memory_of(world: World) -> tuple[int, str]:
     """Bytes that a rank may have, and where that is known from."""
     if world.device.type == "cuda":
-        return torch.cuda.get_device_properties(world.device).total_memory, torch.cuda.get_device_name(
-            world.device
-        )
+        found = torch.cuda.get_device_properties(world.device)
+        return found.total_memory, found.name
     node, cpu, cpus = (
         int(value) if (value := os.environ.get(f"SLURM_{name}", "")).isdigit() else 0
         for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
@@ -164,9 +163,8 @@ def try_file_system(folder: Path) -> float:
     else:
         raise InputError("an exclusive file was made twice: two runs could write here at once")
     os.utime(folder / "lock", ns=(before + 10**9, before + 10**9))
-    if (folder / "lock").stat().st_mtime_ns == before or (folder / "best/written").stat().st_size != len(
-        block
-    ):
+    moved = (folder / "best/written").stat().st_size == len(block)
+    if not moved or (folder / "lock").stat().st_mtime_ns == before:
         raise InputError("renaming or time stamps do not work")
     return speed
 

@@ -211,6 +211,9 @@ def test_processes_and_environment(submit: Any) -> None:
         "evaluate", "--launcher", "srun", "--cpu-workers=3", "--model", "m", plan=[{}],
         sbatch=["--nodes=2", *NO_GPU],
     )  # fmt: skip
+    on_gpus = submit("train", "--launcher=srun", "--run_dir=r", sbatch=["--gpus-per-node=2"], plan=[{}])
+    on_gpus.wait_until(lambda: len(on_gpus.noted()) == 2)
+    assert {note["env"]["RANK"] for note in on_gpus.noted()} == {"0", "1"}
     ranks.wait_until(lambda: len(ranks.noted()) == 6)
     gpus.wait_until(lambda: len(gpus.noted()) == 4)
     for note in gpus.noted():  # two tasks of an array on two nodes each
