@@ -132,7 +132,9 @@ def _splits(folder: Path, name: str | None) -> None:
     datasets.disable_progress_bars()
     raw, cache = folder / ".raw", folder / ".cache"
     for rest in folder.iterdir():  # of a try that was broken off, perhaps with another configuration
-        if rest != raw:
+        if rest.is_file():
+            rest.unlink()
+        elif rest != raw:
             shutil.rmtree(rest)
     try:
         found = datasets.load_dataset(str(raw), name, cache_dir=str(cache))
@@ -171,12 +173,8 @@ def _causalqa(archive: Path, final: Path) -> list[str]:
             for member, name in zip(members, names, strict=True):
                 with opened.open(member) as compressed, open(temporary / name, "xb") as stream:
                     shutil.copyfileobj(compressed, stream)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # RuntimeError: encrypted
+    # RuntimeError: it is encrypted; NotImplementedError: compressed in a way that Python does not know.
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise InputError(
             f"{archive}: not a zip that can be read ({error}). Is the download complete?"
         ) from None
@@ -195,12 +193,10 @@ def _already(final: Path, source: dict[str, Any]) -> list[str]:
     there = read_source(final)
     if there is None:
         raise InputError(f"{final}: holds something that fetch has not made; choose another --out_dir.")
-    if (there["kind"], there["name"], there["revision"]) != tuple(
-        source[k] for k in ("kind", "name", "revision")
-    ):
+    if any(there.get(key) != source[key] for key in ("kind", "name", "revision")):
         raise InputError(
-            f"{final}: holds {there['name']} at {str(there['revision'])[:12]}, not {source['name']} at"
-            f" {str(source['revision'])[:12]}; choose another --out_dir, or remove it."
+            f"{final}: holds {there.get('name')} at {str(there.get('revision'))[:12]}, not {source['name']}"
+            f" at {str(source['revision'])[:12]}; choose another --out_dir, or remove it."
         )
     if fault := fault_of(final):
         raise InputError(f"{final}: {fault}; remove the folder and fetch again.")

@@ -20,6 +20,7 @@ def sha256(path: Path) -> str:
 
 def write_manifest(folder: Path, source: dict[str, Any]) -> None:
     """Of a folder of `plainloop fetch`, subfolders included; source tells where it is from."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # of a try that was broken off
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files

@@ -95,7 +95,15 @@ def test_a_second_try_is_as_a_first(hub: Any, tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(InputError, match=r"datasets can't read this \(--dataset_config\)"):
             fetch(config)
-    fetch(FetchConfig(out_dir=str(tmp_path / "out"), dataset="user/squad"))
+    for kind in (
+        "data/.tmp-squad",
+        "models/.tmp-tiny",
+    ):  # killed when all was written, but for the last rename
+        left = tmp_path / f"out/{kind}-{local_hub.COMMIT}"
+        left.mkdir(parents=True, exist_ok=True)
+        (left / "manifest.json").write_text("{}")
+    fetch(FetchConfig(out_dir=str(tmp_path / "out"), dataset="user/squad", model="user/tiny"))
+    assert fault_of(tmp_path / "out/models/tiny") is None
     names = {path.name for path in (tmp_path / "out/data/squad").iterdir()}
     assert names == {"train", "validation", "manifest.json"}
 
