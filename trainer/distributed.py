@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -85,6 +86,9 @@ def process_group(world: World, *, timeout_s: float) -> Iterator[str]:
     dist.init_process_group(
         backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
     )
+    # Freeing a group (torch 2.13) waits for its threads with Python's lock held, and a thread that still lets
+    # go of the last collective's tensor waits for that lock: a rank would hang at its end. So it never is.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
     yield prefix
     dist.barrier()
     dist.destroy_process_group()
