@@ -62,8 +62,11 @@ class Job:
 
     def wait_until(self, happened: Callable[[], bool], timeout_s: float = 120) -> None:
         until = time.monotonic() + timeout_s
-        while not happened():
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output()}"
+        while True:
+            ended = self.process.poll() is not None  # asked first: what it did last has happened then
+            if happened():
+                break
+            assert not ended, f"ended with {self.process.returncode}:\n{self.output()}"
             assert time.monotonic() < until, f"did not happen in {timeout_s} s:\n{self.output()}"
             time.sleep(0.01)
         self.ranks()

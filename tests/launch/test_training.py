@@ -48,10 +48,9 @@ def test_two_nodes_are_like_two_processes(
     assert scored.end() == ("COMPLETED", 0), scored.output()
     shown = json.loads(scored.output()[scored.output().index("{") :])
     known = metrics(options["run_dir"], "evaluation")[-1]
-    assert {name: known[name] for name in shown if name != "loss"} == {
-        name: value for name, value in shown.items() if name != "loss"
-    }
-    assert shown["loss"] == pytest.approx(known["loss"], rel=1e-6)
+    for name, value in shown.items():  # logits differ in their last bits: other batches, other padding
+        rounded = name == "loss" or name.endswith("thresh")
+        assert value == (pytest.approx(known[name], rel=1e-5) if rounded else known[name])
 
 
 def test_requeued_again_and_again(
