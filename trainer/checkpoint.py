@@ -202,9 +202,9 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def checkpoint_bytes(model: torch.nn.Module) -> int:
+def checkpoint_bytes(parameters: int) -> int:
     """Estimated size: fp32 weights and AdamW's two moments, and room for the small files."""
-    return 3 * 4 * sum(p.numel() for p in model.parameters()) + (4 << 20)
+    return 3 * 4 * parameters + (4 << 20)
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -21,6 +21,7 @@ from plainloop.data.store import Store
 from plainloop.data.types import InputError
 from plainloop.models.load import load_config
 from plainloop.models.seq2seq import OVERFLOWS_IN_FP16
+from plainloop.trainer.checkpoint import checkpoint_bytes
 from plainloop.trainer.checks import check_train_config
 from plainloop.trainer.config import DoctorConfig
 from plainloop.trainer.deadline import Deadline, clock, signal_s
@@ -272,10 +273,9 @@ class Doctor:
         return int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) * torch.cuda.device_count()
 
     def _checkpoint_bytes(self) -> int:
-        """fp32 weights and AdamW's two moments."""
         if not self.parameters:
             raise Doubt("not checked: the model comes first")
-        return 12 * self.parameters + (4 << 20)
+        return checkpoint_bytes(self.parameters)
 
 
 def doctor(config: DoctorConfig) -> int:

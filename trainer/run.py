@@ -172,10 +172,10 @@ def wrap(model: nn.Module, world: World, *, compile_it: bool) -> nn.Module:
 
 def layout(model: nn.Module, world: World, config: TrainConfig, tokens: int, total_steps: int) -> str:
     """One line: what runs where, and what is derived from the global batch."""
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    parameters = sum(p.numel() for p in model.parameters())
     free = shutil.disk_usage(config.run_dir).free / 1e9
     return (
-        f"{millions:.1f} M parameters, {config.precision}, {world.size} x {world.device.type};"
+        f"{parameters / 1e6:.1f} M parameters, {config.precision}, {world.size} x {world.device.type};"
         f" {total_steps} steps of {config.batch_size} rows, at most {tokens} tokens a device at once;"
-        f" checkpoints of {checkpoints.checkpoint_bytes(model) / 1e9:.2f} GB, {free:.0f} GB free"
+        f" checkpoints of {checkpoints.checkpoint_bytes(parameters) / 1e9:.2f} GB, {free:.0f} GB free"
     )

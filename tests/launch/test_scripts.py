@@ -202,9 +202,10 @@ def test_hostile_node_list_is_refused(cluster: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_processes_and_environment(submit: Any) -> None:
+def test_processes_and_environment(submit: Any, tmp_path: Path) -> None:
+    scratch = str(tmp_path)
     gpus = submit(
-        "train", "--run_dir", "run", "--seed", "1", plan=[{"status": COMPLETED}], SLURM_TMPDIR="/tmp/x",
+        "train", "--run_dir", "run", "--seed", "1", plan=[{"status": COMPLETED}], SLURM_TMPDIR=scratch,
         sbatch=["--nodes=2", "--gpus-per-node=2", "--array=3,5"],
     )  # fmt: skip
     ranks = submit(
@@ -229,7 +230,7 @@ def test_processes_and_environment(submit: Any) -> None:
             "--run_dir",
             f"run/seed-{seed}",
         ]
-        assert argv[argv.index("--device") + 1] == "cuda" and env["TMPDIR"] == "/tmp/x"
+        assert argv[argv.index("--device") + 1] == "cuda" and env["TMPDIR"] == scratch
         assert env["HF_HUB_OFFLINE"] == "1" and int(env["SLURM_JOB_END_TIME"]) > time.time() + 3600
     assert {note["env"]["SLURM_ARRAY_TASK_ID"] for note in gpus.noted()} == {"3", "5"}
     assert sorted(int(note["env"]["RANK"]) for note in ranks.noted()) == [0, 1, 2, 3, 4, 5]
