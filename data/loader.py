@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import signal
 from collections.abc import Callable, Generator
@@ -121,21 +122,35 @@ class Steps(Dataset[StepBatch]):
             rows=rows,
         )
 
-    def largest(self) -> MicroBatch:
-        """The largest micro-batch there can be: what does not fit into memory shows at once with it."""
+    def largest(self) -> list[MicroBatch]:
+        """The micro-batches that need the most memory: that of the longest rows, and, if it is another, that
+        of the most padded tokens.
+        """
         lengths = self.sampler.lengths
-        longest = np.argsort(-total(lengths), kind="stable")[: self.sampler.batch_size]
-        return self.collate(cut(longest, lengths, tokens=self.tokens)[0])
+        order = np.argsort(-total(lengths), kind="stable")
+        starts = np.flatnonzero(np.diff(total(lengths)[order], prepend=-1))
+        found = [cut(order[i : i + self.sampler.batch_size], lengths, tokens=self.tokens)[0] for i in starts]
+        fullest = max(found, key=lambda rows: padded_tokens([rows], lengths))
+        same = padded_tokens([fullest], lengths) == padded_tokens(found[:1], lengths)
+        return [self.collate(rows) for rows in (found[:1] if same else [found[0], fullest])]
 
     def _split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         return split(rows, self.sampler.lengths, world_size=self.world_size, tokens=self.tokens)
 
     def describe(self) -> str:
         """Steps of an epoch, and the share of padding in what the first one computes."""
-        lengths = self.sampler.lengths
-        shares = itertools.chain.from_iterable(map(self._split, self.sampler.epoch_batches(0)))
-        padding = 1 - int(lengths.sum()) / padded_tokens(itertools.chain.from_iterable(shares), lengths)
+        padding = 1 - int(self.sampler.lengths.sum()) / self._padded_tokens_of_epoch
         return f"{self.sampler.steps_per_epoch} steps an epoch, {padding:.1%} padding"
+
+    def passes(self, micro_batch: MicroBatch) -> float:
+        """How many passes of the size of this one a rank makes in a step, on average."""
+        tokens = sum(ids.numel() for name, ids in micro_batch.inputs.items() if name.endswith("input_ids"))
+        return self._padded_tokens_of_epoch / self.sampler.steps_per_epoch / self.world_size / tokens
+
+    @functools.cached_property
+    def _padded_tokens_of_epoch(self) -> int:
+        shares = itertools.chain.from_iterable(map(self._split, self.sampler.epoch_batches(0)))
+        return padded_tokens(itertools.chain.from_iterable(shares), self.sampler.lengths)
 
     def _empty(self, rows: np.ndarray) -> MicroBatch:
         """For a rank without a share: the shortest row with labels that count for nothing."""

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plainloop.models.position_bias import SHARED_BIAS
+from plainloop.models.position_bias import attention as plain_attention
+
 ATTENTION = "plainloop_cpu"
+MASK_TAKEN_AS_IT_IS = ("sdpa", ATTENTION, SHARED_BIAS)  # attentions that take a mask in its final form
 SCALE_BITS = 15
 
 
@@ -61,11 +65,8 @@ def attention(
     (T5).
     """
     if dropout == 0.0:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        bias: dict[str, Any] = {} if position_bias is None else {"position_bias": position_bias}
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **bias, **kwargs
+        return plain_attention(
+            module, query, key, value, attention_mask, position_bias, scaling=scaling, **kwargs
         )
     scores = torch.matmul(
         query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2)

@@ -10,6 +10,14 @@ from urllib.request import getproxies
 
 from plainloop.data.types import InputError
 
+# Their feed-forward output passes 65,504, the largest fp16 number; under autocast nothing clamps it.
+OVERFLOWS_IN_FP16 = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+
+def overflows_in_fp16(path: str) -> bool:
+    """Is the model in this folder, or of this hub name, one that fp16 is too small for? Raises InputError."""
+    return load_config(path).model_type in OVERFLOWS_IN_FP16
+
 
 def load_tokenizer(path: str, *, fast: bool = True) -> Any:
     """The tokenizer of a model folder or hub name. fast: one with offsets. Raises InputError without one."""

@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plainloop.data.types import IGNORE_INDEX, InputError
-from plainloop.models.cpu import ATTENTION
-from plainloop.models.load import load_config, load_network
-
-# Their feed-forward output passes 65,504, the largest fp16 number; under autocast nothing clamps it.
-OVERFLOWS_IN_FP16 = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+from plainloop.models.cpu import MASK_TAKEN_AS_IT_IS
+from plainloop.models.load import OVERFLOWS_IN_FP16, load_config, load_network
 
 SPECIAL_TOKENS = [
     f"{name}_token_id" for name in ("decoder_start", "bos", "eos", "pad", "forced_bos", "forced_eos")
@@ -46,7 +43,7 @@ class Seq2SeqModel(nn.Module):
         """
         visible = attention_mask
         config = self.network.config
-        if config.model_type in PLAIN_ATTENTION and config._attn_implementation in ("sdpa", ATTENTION):
+        if config.model_type in PLAIN_ATTENTION and config._attn_implementation in MASK_TAKEN_AS_IT_IS:
             visible = (attention_mask != 0)[:, None, None, :]  # as in spans.py
         self._scored = scored
         try:

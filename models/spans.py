@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plainloop.data.types import IGNORE_INDEX, InputError
-from plainloop.models.cpu import ATTENTION
+from plainloop.models.cpu import MASK_TAKEN_AS_IT_IS
 from plainloop.models.load import load_network
 
 HEAD = "qa_outputs"  # what transformers calls the start/end head in its *ForQuestionAnswering classes
@@ -34,7 +34,7 @@ class SpanModel(nn.Module):
         """inputs: (B, L) int64 -> start and end logits (B, L, 2), fp32, the lowest number on padding."""
         visible = inputs["attention_mask"] != 0
         config = self.network.config
-        if config.model_type in PLAIN_ATTENTION and config._attn_implementation in ("sdpa", ATTENTION):
+        if config.model_type in PLAIN_ATTENTION and config._attn_implementation in MASK_TAKEN_AS_IT_IS:
             length = visible.shape[1]
             inputs = {**inputs, "attention_mask": visible[:, None, None, :].expand(-1, 1, length, -1)}
         output = self.network(**inputs, return_dict=True)

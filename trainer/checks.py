@@ -11,7 +11,8 @@ from plainloop.trainer.options import flatten
 
 # A resumed run may change these: they alter where and how often, not what is computed.
 FREE_ON_RESUME = {
-    "run_dir", "tokens_per_device", "stop_at_step", "device", "timeout_s", "start_timeout_s",
+    "run_dir", "tokens_per_device", "stop_at_step", "device", "tf32", "deterministic",
+    "timeout_s", "start_timeout_s",
     "compare_every_steps", "model.activation_checkpointing",
     "model.compile", "data.train", "data.dev", "data.cache_dir", "data.processes", "data.workers",
     "evaluation", "checkpoint", "log", "text.stride", "text.max_new_tokens", "text.num_beams",
@@ -101,5 +102,8 @@ def config_differences(now: TrainConfig, before: dict[str, Any], allowed: set[st
     return [
         f"{name}: {old[name]} -> {new[name]}"
         for name in new
-        if new[name] != old[name] and name not in free and name.partition(".")[0] not in free
+        if new[name] != old[name]
+        and name not in free
+        and name.partition(".")[0] not in free
+        and (name, new[name]) != ("precision", "auto")
     ]

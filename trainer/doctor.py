@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,15 +19,15 @@ from plainloop.data.samplers import total
 from plainloop.data.squad import read_squad
 from plainloop.data.store import Store
 from plainloop.data.types import InputError
-from plainloop.models.load import load_config
-from plainloop.models.seq2seq import OVERFLOWS_IN_FP16
+from plainloop.models.load import OVERFLOWS_IN_FP16, load_config, overflows_in_fp16
 from plainloop.trainer.checkpoint import checkpoint_bytes
 from plainloop.trainer.checks import check_train_config
 from plainloop.trainer.config import DoctorConfig
-from plainloop.trainer.deadline import Deadline, clock, signal_s
+from plainloop.trainer.deadline import Deadline, StopTime, clock
+from plainloop.trainer.device import set_up_device
 from plainloop.trainer.distributed import World, world_from_env
 from plainloop.trainer.manifest import fault_of, read_source
-from plainloop.trainer.precision import check_precision
+from plainloop.trainer.precision import resolve_precision, slow_precision
 from plainloop.trainer.probe import (
     Pass,
     TwoRanks,
@@ -41,7 +41,6 @@ from plainloop.trainer.probe import (
     versions,
 )
 from plainloop.trainer.run import TOKENS_PER_DEVICE
-from plainloop.trainer.run_folder import read_status
 from plainloop.trainer.tasks import Task, make_task
 
 SAMPLE = 256  # training examples that are tokenised
@@ -98,20 +97,27 @@ class Doctor:
 
     def options(self) -> str:
         check_train_config(self.config)
-        return f"task {self.config.task}, {self.config.batch_size} rows a step, {self.config.precision}"
+        return f"task {self.config.task}, {self.config.batch_size} rows a step"
 
     def device(self) -> str:
         self.world = world_from_env(self.config.device)
-        check_precision(self.config.precision, self.world.device)
+        set_up_device(self.world, tf32=self.config.tf32, deterministic=self.config.deterministic)
+        precision, why = resolve_precision(
+            self.config.precision, self.world.device, overflows_in_fp16=self._overflows_in_fp16()
+        )
+        self.config = replace(self.config, precision=cast(Any, precision))
         gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
         if self.world.device.type == "cpu":
             if gpus.isdigit() and int(gpus) and self.config.device == "auto":
                 raise InputError(
                     f"the job has {gpus} GPU(s), PyTorch {torch.__version__} sees none: a build for CPUs?"
                 )
-            return f"cpu, {len(os.sched_getaffinity(0))} cores, {self.config.precision}"
+            text = f"cpu, {len(os.sched_getaffinity(0))} cores, {precision} ({why})"
+            if slow := slow_precision(precision, self.world.device):
+                raise Doubt(f"{text}; {slow}")
+            return text
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, {self.config.precision}"
+        return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, {precision} ({why})"
 
     def model(self) -> str:
         path = self.config.model.path
@@ -203,7 +209,7 @@ class Doctor:
         tokens = min(wanted, int(PROBE_FLOPS / 6 / self.parameters)) if world.device.type == "cpu" else wanted
         model = task.load_model(config.model.path, new_head=True)
         while self.measured is None:
-            largest = task.steps(rows, batch_size=config.batch_size, seed=0, tokens=tokens).largest()
+            largest = task.steps(rows, batch_size=config.batch_size, seed=0, tokens=tokens).largest()[0]
             try:
                 self.measured = measure_pass(model, task, largest, world, config)
             except InputError:  # out of memory; a part of it tells what would fit
@@ -226,23 +232,25 @@ class Doctor:
         steps = min(config.max_steps or 2**62, config.epochs * -(-self._rows() // config.batch_size))
         devices = self._devices()
         step_s = config.batch_size * self._length() * measured.seconds / measured.tokens / devices
-        save_s = float(
-            read_status(Path(config.run_dir)).get("save_s")
-            or self._checkpoint_bytes() / (self.write_speed or 1e8)
+        batch = config.evaluation.tokens_per_device or 2 * measured.tokens
+        stop_time = StopTime(
+            step_s=step_s,
+            batch_s=batch / measured.tokens * measured.seconds / 3 if config.data.dev else 0.0,  # no backward
+            save_s=self._checkpoint_bytes() / (self.write_speed or 1e8),
         )
         needed = steps * step_s
         text = (
             f"{steps} steps of {step_s:.2f} s on {devices} device(s): about {clock(needed)},"
-            f" evaluations apart; a save takes about {save_s:.1f} s:"
-            f" --signal=B:USR1@{signal_s(step_s, save_s)} is early enough"
+            f" evaluations apart; a stop takes {stop_time}: --signal=B:USR1@{stop_time.signal_s} is early"
+            " enough"
         )
         job_end()
-        deadline = Deadline.from_env(lambda: save_s)
+        deadline = Deadline.from_env(stop_time)
         if config.hours:
-            deadline = Deadline(time.time(), time.time() + 3600 * config.hours, lambda: save_s)
+            deadline = Deadline(time.time(), time.time() + 3600 * config.hours, stop_time)
         if deadline is None:
             return f"{text}; how often will it be requeued? --hours says how long the job may take"
-        outlook = deadline.outlook(needed, step_s)
+        outlook = deadline.outlook(needed)
         if told := deadline.warning(outlook, needed):
             raise Doubt(f"{text}; {told}: a longer --time, or let launch/train.sbatch requeue it")
         return f"{text}; the job has {clock(outlook['job_left_s'])}"
@@ -251,6 +259,12 @@ class Doctor:
         if value is None:
             raise Doubt(f"not checked: {what} comes first")
         return value
+
+    def _overflows_in_fp16(self) -> bool:
+        try:
+            return overflows_in_fp16(self.config.model.path)
+        except InputError:  # which the next check tells
+            return False
 
     def _count(self, part: str, path: Any) -> int:
         if self.config.task == "span":

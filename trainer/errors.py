@@ -10,6 +10,8 @@ from plainloop.data.types import InputError
 USAGE, UNKNOWN, NUMERICAL, IO, INTERRUPTED = 2, 1, 70, 74, 130  # 70 and 74 as in sysexits.h
 
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "Gloo", "NCCL")
+LOST_WORKER = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")
+NO_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED")
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM)
 
 
@@ -19,6 +21,13 @@ class RunError(RuntimeError):
     def __init__(self, message: str, exit_code: int = NUMERICAL) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the GPU or of this process; torch has one class for the former, and texts for the rest."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in NO_MEMORY)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -32,7 +41,14 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "interrupted before there was anything to save", INTERRUPTED
     if isinstance(error, OSError) and error.errno in STORAGE:
         return f"{error.filename or 'storage'}: {error.strerror}; the same command continues.", IO
-    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text:
+    if is_out_of_memory(error):
+        return (
+            f"rank {rank}: out of memory: lower --tokens_per_device (the curve stays the same), or set"
+            " --model.activation_checkpointing true; in an evaluation lower --evaluation.tokens_per_device."
+            f" ({text[:200]})",
+            USAGE,
+        )
+    if isinstance(error, RuntimeError) and any(mark in text for mark in LOST_WORKER):
         remedy = "most likely for lack of memory: lower --data.workers, or ask for more memory"
         return f"rank {rank}: a loader process was killed, {remedy} ({text[:200]}).", NUMERICAL
     if isinstance(error, RuntimeError) and any(mark in text for mark in LOST_RANK):

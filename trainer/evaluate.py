@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from plainloop.data.types import Example
 from plainloop.trainer.checkpoint import write_atomically
 from plainloop.trainer.config import EvaluationConfig
 from plainloop.trainer.distributed import World, gather_arrays, sum_over_ranks
+from plainloop.trainer.errors import is_out_of_memory
 from plainloop.trainer.metrics import squad_scores
 from plainloop.trainer.precision import autocast
 
@@ -38,7 +40,7 @@ def on_micro_batches(
     name: str,
 ) -> None:
     """All ranks. action(rows) for each micro-batch of this rank, in evaluation mode; no collective of its
-    own.
+    own. When memory runs out, the micro-batch is halved; so action must record nothing before it has all.
 
     micro_batches: of every rank. Raises Interrupted when should_stop() said so at a batch boundary: all
     ranks ask equally often, also one that has fewer micro-batches, and must get the same answer.
@@ -51,10 +53,33 @@ def on_micro_batches(
                 if should_stop():
                     raise Interrupted
                 if i < len(mine):
-                    action(mine[i])
+                    halved(action, mine[i])
                     bar.update(len(mine[i]))
     finally:
         model.train(was_training)
+
+
+def halved(action: Callable[[np.ndarray], None], rows: np.ndarray) -> None:
+    """action(rows), or when memory runs out, action on one half of the rows after the other, and so on.
+
+    Raises what `action` raises when a single row does not fit.
+    """
+    try:
+        action(rows)
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(rows) == 1:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(rows) // 2
+    print(
+        f"WARNING: an evaluation batch of {len(rows)} rows does not fit into memory; it is tried as {middle}"
+        f" and {len(rows) - middle}. A lower tokens_per_device for evaluations avoids this.",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    for half in (rows[:middle], rows[middle:]):
+        halved(action, half)
 
 
 def decode(
@@ -80,8 +105,9 @@ def decode(
         )
         with autocast(precision, world.device):
             logits = model(**inputs)
-        losses.append(loss_sum(logits, labels).item())
+        loss = loss_sum(logits, labels).item()
         parts.append(decode_logits(logits.float().cpu().numpy(), rows, store, config))
+        losses.append(loss)
 
     on_micro_batches(model, micro_batches, decode_rows, world=world, should_stop=should_stop, name="evaluate")
     if not parts:  # more ranks than micro-batches

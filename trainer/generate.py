@@ -74,8 +74,9 @@ def generate_texts(
             ids = generate(model, inputs, max_new_tokens=max_new_tokens, num_beams=num_beams)
             need = several[rows].any()
             scored = sequence_log_probs(model, inputs, ids) if need else torch.zeros(len(rows))
-        texts.extend(decode(ids.cpu().numpy()))
-        scores.extend(scored.tolist())
+        found, log_probs = decode(ids.cpu().numpy()), scored.tolist()
+        texts.extend(found)
+        scores.extend(log_probs)
         done.append(rows)
 
     # The decoder's cache grows to max_new_tokens a row and beam.

@@ -10,18 +10,17 @@ A hook is a callable that gets a Progress at every step boundary, on all ranks. 
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from plainloop.data.types import InputError
 from plainloop.trainer.config import EvaluationConfig
-from plainloop.trainer.deadline import Deadline
+from plainloop.trainer.deadline import Deadline, StopTime
+from plainloop.trainer.device import peak_memory_gb
 from plainloop.trainer.distributed import SharedFlag, broadcast_json, sum_over_ranks
 from plainloop.trainer.errors import RunError
 from plainloop.trainer.log import Log
@@ -61,15 +60,15 @@ class Stopwatch:
 
 
 class Stop:
-    """All ranks agree whether any of them was asked to stop: one answer for all, one boundary late."""
+    """All ranks agree whether any of them was asked to stop: one answer for all of them."""
 
-    def __init__(self, request: StopRequest, at_step: int | None) -> None:
-        self.request = request
-        self.at_step = at_step
+    def __init__(self, request: StopRequest, at_step: int | None, stop_time: StopTime) -> None:
+        self.request, self.at_step, self.stop_time = request, at_step, stop_time
         self.flag = SharedFlag()
+        self._asked: float | None = None  # when, in the evaluation under way
 
     def __call__(self, progress: Progress) -> None:
-        state = progress.state
+        state, self._asked = progress.state, None
         if state.step == progress.total_steps:
             self.flag.settle()
         elif self.flag.exchange(self.request.pending()):
@@ -80,7 +79,11 @@ class Stop:
             state.stop = f"stop_at_step {self.at_step}"
 
     def agreed(self) -> bool:
-        """For long work between steps: asked by all ranks equally often."""
+        """For long work between steps, before each batch of it: asked by all ranks equally often."""
+        now = time.perf_counter()
+        if self._asked is not None:
+            self.stop_time.batch_s = max(self.stop_time.batch_s, now - self._asked)
+        self._asked = now
         return self.flag.exchange(self.request.pending())
 
 
@@ -114,9 +117,11 @@ class LogLine:
         every: int,
         watch: Stopwatch,
         lr: Callable[[int], float],
+        stop_time: StopTime,
         deadline: Deadline | None = None,
     ) -> None:
-        self.log, self.every, self.watch, self.lr, self.deadline = log, every, watch, lr, deadline
+        self.log, self.every, self.watch, self.lr = log, every, watch, lr
+        self.stop_time, self.deadline = stop_time, deadline
         self._since: tuple[float, float, Traffic, int] | None = None
         self._start: tuple[float, int] | None = None
         self._at_start = 0.0  # seconds apart from training
@@ -158,8 +163,9 @@ class LogLine:
             "left_s": left_s,
             "skipped": int(state.nonfinite_total) - nonfinite or None,
         }
+        self.stop_time.step_s = trained_s / steps_done
         if self.deadline:
-            values |= (outlook := self.deadline.outlook(left_s, trained_s / steps_done))
+            values |= (outlook := self.deadline.outlook(left_s))
             if warning := self.deadline.warning(outlook, left_s):
                 self.log.say(warning)
         self.log.train_line(state.step, progress.total_steps, values)
@@ -217,10 +223,3 @@ def best_step(evaluations: list[dict[str, Any]], metric: str) -> int | None:
     values = [(sign * record[metric], -record["step"]) for record in evaluations if metric in record]
     ranked = [pair for pair in values if math.isfinite(pair[0])]
     return -max(ranked)[1] if ranked else None
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Highest use so far: of the GPU's allocator, or on the CPU of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from plainloop.data.samplers import order_digest
-from plainloop.data.types import InputError, MicroBatch, StepBatch
+from plainloop.data.types import MicroBatch, StepBatch
 from plainloop.trainer.distributed import World
-from plainloop.trainer.precision import autocast, guarded_step
+from plainloop.trainer.precision import autocast, step_if_finite
 from plainloop.trainer.state import TrainState
 
 
@@ -115,8 +115,8 @@ def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> Non
     if options.max_grad_norm:
         clip_grads_with_norm_(state.model.parameters(), options.max_grad_norm, state.grad_norm)
     nonfinite = ~state.grad_norm.isfinite()
-    guarded_step(state.optimizer, state.scaler, nonfinite)
-    state.optimizer.zero_grad(set_to_none=True)
+    step_if_finite(state.optimizer, state.scaler, nonfinite)
+    clear_gradients(state)
     state.nonfinite_run = (state.nonfinite_run + 1) * nonfinite
     state.nonfinite_worst = torch.maximum(state.nonfinite_worst, state.nonfinite_run)
     state.nonfinite_total = state.nonfinite_total + nonfinite
@@ -138,23 +138,33 @@ def add_gradients(state: TrainState, micro_batch: MicroBatch, weight: float, opt
     return loss.detach()
 
 
-def warm_up(state: TrainState, micro_batch: MicroBatch, options: StepOptions, passes: int = 2) -> None:
-    """All ranks. Two passes whose gradients are thrown away, before the first step of this process.
+def warm_up(state: TrainState, micro_batches: Sequence[MicroBatch], options: StepOptions) -> float:
+    """All ranks. Passes that change nothing, before the first step of this process; seconds of the last one.
 
     DDP sorts its buckets anew after the first backward pass; a resumed run that began with its first step
-    would add up the gradients of three or more ranks in another order than one that never stopped. And with
-    the largest micro-batch a lack of memory shows before hours are spent. Raises InputError for that.
+    would add up the gradients of three or more ranks in another order than one that never stopped. And the
+    memory peak of the run shows here, not after hours: the micro-batches are the largest, the optimizer makes
+    its state in a step that it skips, and the passes after the first hold the gradients of those before.
     """
-    try:
-        for _ in range(passes):
-            state.place.at("warm-up", 0)
-            add_gradients(state, micro_batch, 1.0, options)
-            state.optimizer.zero_grad(set_to_none=True)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"rank {options.world.rank}: the largest micro-batch does not fit into memory:"
-            f" lower --tokens_per_device, or --model.activation_checkpointing true ({error})."
-        ) from None
+    for i, micro_batch in enumerate([micro_batches[0], *micro_batches]):
+        state.place.at("warm-up", 0)
+        started = time.perf_counter()
+        add_gradients(state, micro_batch, 1.0, options)
+        if i == 0:
+            skip = torch.ones((), dtype=torch.bool, device=state.device)
+            step_if_finite(state.optimizer, torch.amp.GradScaler(enabled=False), skip)
+            if isinstance(state.wrapped, DistributedDataParallel):  # let go of the buckets it now replaces
+                state.optimizer.zero_grad(set_to_none=True)
+    float(state.grad_norm)  # waits for the device
+    clear_gradients(state)
+    return time.perf_counter() - started
+
+
+def clear_gradients(state: TrainState) -> None:
+    """Free them; but DDP's stay where they are, in its buckets: one made anew under no_sync lies outside of
+    the buckets, which costs 4 bytes a parameter and a copy.
+    """
+    state.optimizer.zero_grad(set_to_none=not isinstance(state.wrapped, DistributedDataParallel))
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

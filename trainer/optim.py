@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plainloop.trainer.config import OptimConfig
 
@@ -20,14 +20,69 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor (Shazeer & Stern 2018) as torch.optim.Adafactor computes it, without a read of the device.
+
+    torch's asks for the norm of every weight and of every update (two host syncs a parameter). Here they stay
+    tensors, as do the step counts, and a step is skipped on the device when `found_inf` is 1. State: step,
+    and row_var and col_var for matrices, or variance for vectors, under torch's names.
+    """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, object]], *, lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group["lr"], group["weight_decay"])
+
+    def _update(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        """beta2 = 1 - step ** -0.8; step size = max(1e-3, RMS(weight)) * min(lr, step ** -0.5), divided by
+        max(1, RMS(update)).
+        """
+        state, tiny = self.state[weight], torch.finfo(weight.dtype).eps ** 2
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            if gradient.ndim > 1:
+                state["row_var"] = torch.zeros_like(gradient[..., :1])
+                state["col_var"] = torch.zeros_like(gradient[..., :1, :])
+            else:
+                state["variance"] = torch.zeros_like(gradient)
+        active = torch.ones((), device=weight.device)
+        if self.found_inf is not None:
+            active = 1 - self.found_inf
+            gradient = torch.where(self.found_inf > 0, 0.0, gradient)
+        state["step"] += active
+        step = state["step"].clamp(min=1.0)
+        forget = active * step**-0.8
+        size = active * (weight.norm() / weight.numel() ** 0.5).clamp(min=1e-3) * (step**-0.5).clamp(max=lr)
+        if weight_decay:
+            weight.mul_(1 - active * (lr * weight_decay))
+        if gradient.ndim > 1:
+            for name, dim in (("row_var", -1), ("col_var", -2)):
+                mean = gradient.norm(dim=dim, keepdim=True).square_().div_(gradient.shape[dim])
+                state[name].lerp_(mean, forget)
+            rows = state["row_var"]
+            variance = (rows @ state["col_var"]).div_(rows.mean(dim=-2, keepdim=True).clamp_(min=tiny**0.5))
+        else:
+            variance = state["variance"].lerp_(gradient.square(), forget).clone()
+        update = variance.clamp_(min=tiny).rsqrt_().mul_(gradient)
+        size = size / (update.norm() / update.numel() ** 0.5).clamp(min=1.0)
+        weight.sub_(update.mul_(size))
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel, which can skip a step. Or
-    Adafactor (Shazeer & Stern 2018): no first moment, second moments by row and column, steps relative to
-    the weights.
+    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel. Or Adafactor: no first moment,
+    second moments by row and column, steps relative to the weights. Both skip a step on the device.
     """
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.lr)
+        return Adafactor(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -25,7 +25,8 @@ from plainloop.data.types import InputError, MicroBatch
 from plainloop.trainer.checkpoint import no_follow
 from plainloop.trainer.config import TrainConfig
 from plainloop.trainer.distributed import World, process_group, sum_over_ranks
-from plainloop.trainer.loop import StepOptions, warm_up
+from plainloop.trainer.errors import is_out_of_memory
+from plainloop.trainer.loop import StepOptions, add_gradients, clear_gradients
 from plainloop.trainer.optim import make_optimizer
 from plainloop.trainer.precision import make_scaler
 from plainloop.trainer.state import TrainState
@@ -82,7 +83,7 @@ def _storage(tensor: torch.Tensor) -> int:
 def measure_pass(
     model: torch.nn.Module, task: Task, micro_batch: MicroBatch, world: World, config: TrainConfig
 ) -> Pass:
-    """Two passes of the loop's warm-up, without an optimizer step. Raises InputError for want of memory."""
+    """Two forward and backward passes, without an optimizer step. Raises InputError if memory runs out."""
     device = world.device
     try:
         model.to(device).train()
@@ -102,16 +103,26 @@ def measure_pass(
         return tensor.detach()  # the tensor itself would be a circle, left in memory by an error in forward
 
     with saved_tensors_hooks(note, lambda tensor: tensor), _Casts(weights) as casts:
-        warm_up(state, micro_batch, options, passes=1)
+        _pass(state, micro_batch, options)
     _wait(device)
     started = time.perf_counter()
-    warm_up(state, micro_batch, options, passes=1)
+    _pass(state, micro_batch, options)
     _wait(device)
     seconds = time.perf_counter() - started
     tokens = sum(t.numel() for name, t in micro_batch[0].items() if name.endswith("input_ids"))
     cast = sum(size for storage, size in kept.items() if storage in casts.storages)
     parameters = sum(p.numel() for p in model.parameters())
     return Pass(tokens, seconds, sum(kept.values()) - cast, cast, parameters)
+
+
+def _pass(state: TrainState, micro_batch: MicroBatch, options: StepOptions) -> None:
+    try:
+        add_gradients(state, micro_batch, 1.0, options)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise InputError(f"the largest micro-batch does not fit into memory: {error}") from None
+        raise
+    clear_gradients(state)
 
 
 def _wait(device: torch.device) -> None:
@@ -284,3 +295,4 @@ def _rank(device: str) -> None:
 
 if __name__ == "__main__":
     _rank(sys.argv[1])
+    os._exit(0)  # see cli.main_of_process

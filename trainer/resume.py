@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 
 from plainloop.data.samplers import Sampler, order_digest
 from plainloop.data.types import InputError
@@ -17,23 +14,20 @@ from plainloop.trainer import checkpoint as checkpoints
 from plainloop.trainer.checkpoint import Checkpoint
 from plainloop.trainer.checks import config_differences
 from plainloop.trainer.config import TrainConfig
+from plainloop.trainer.device import what_affects_rounding
 from plainloop.trainer.distributed import World, broadcast_json
 from plainloop.trainer.log import Log
 from plainloop.trainer.options import to_yaml
-from plainloop.trainer.saving import too_slow
 
 
-def find_checkpoint(
-    run_dir: Path, config: TrainConfig, identity: dict[str, Any], sampler: Sampler, world: World, log: Log
-) -> Checkpoint | None:
-    """All ranks. Rank 0 looks and everybody follows. Raises InputError when the mathematics would change.
-
-    identity: what `record` gives.
-    """
+def find_checkpoint(run_dir: Path, world: World, log: Log) -> Checkpoint | None:
+    """All ranks. The newest good one of this run; rank 0 looks and everybody follows. Raises InputError."""
     answer: dict[str, Any] = {}
     if world.is_main:
         try:
-            found = _look(run_dir, config, identity, sampler, log)
+            folder = run_dir / "checkpoints"
+            checkpoints.sweep(folder)
+            found = checkpoints.newest_good(folder, log.say)
             answer = {"path": str(found.path), "state": found.state} if found else {}
         except InputError as error:
             answer = {"error": str(error)}
@@ -45,26 +39,37 @@ def find_checkpoint(
     return Checkpoint(Path(answer["path"]), answer["state"]) if answer else None
 
 
+def require_same_run(
+    found: Checkpoint | None, config: TrainConfig, identity: dict[str, Any], sampler: Sampler, world: World
+) -> None:
+    """All ranks. Raises InputError when continuing from this checkpoint would change the mathematics; else
+    rank 0 leaves config.yaml in the run folder. identity: what `record` gives.
+    """
+    fault = None
+    if world.is_main:
+        try:
+            if found is not None:
+                _accept(found, config, identity, sampler)
+            checkpoints.write_atomically(Path(config.run_dir) / "config.yaml", to_yaml(config))
+        except InputError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"{error.filename or config.run_dir}: {error.strerror or error}."
+    if fault := broadcast_json(fault):
+        raise InputError(fault)
+    if found is not None and _changes(found, config, identity, but_allowed=False):
+        found.state.update(order="", order_since=found.state["step"])  # of another run from here on
+
+
 def record(config: TrainConfig, world: World, data: str, tokens: int) -> dict[str, Any]:
-    """What a checkpoint tells of the run: its options, its data, and what decides about rounding."""
+    """All ranks. What a checkpoint tells of the run: its options, its data, and what affects rounding."""
     return {
         "config": asdict(config),
         "fingerprint": {"data": data},
-        "surroundings": surroundings(world, tokens),
-    }
-
-
-def surroundings(world: World, tokens: int) -> dict[str, Any]:
-    """Where these are the same, a step gives the same bits."""
-    gpu = world.device.type == "cuda"
-    return {
-        "ranks": world.size,
-        "device": torch.cuda.get_device_name(world.device) if gpu else _cpu_name(),
-        "threads": None if gpu else torch.get_num_threads(),
-        "tokens_per_device": tokens,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
+        "surroundings": {
+            "tokens_per_device": tokens,
+            **what_affects_rounding(world, tf32=config.tf32, deterministic=config.deterministic),
+        },
     }
 
 
@@ -74,7 +79,10 @@ def guarantee(found: Checkpoint, config: TrainConfig, identity: dict[str, Any]) 
     if allowed:
         return f"weights and optimizer state only, as allowed: {'; '.join(allowed)}"
     before, now = found.state["surroundings"], identity["surroundings"]
-    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
+    # What an older version did not record is not known to differ.
+    changed = [
+        f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before.get(name, now[name])
+    ]
     changed += [
         f"model.{n}"
         for n in ("compile", "activation_checkpointing")
@@ -82,8 +90,8 @@ def guarantee(found: Checkpoint, config: TrainConfig, identity: dict[str, Any]) 
     ]
     if changed:
         return f"the same data and schedule, other rounding: {'; '.join(changed)}"
-    if now["threads"] is None and not torch.are_deterministic_algorithms_enabled():
-        return "the same data and schedule; the same bits where the GPU's kernels are deterministic"
+    if now["threads"] is None and not now["deterministic"]:
+        return "the same data and schedule; --deterministic would give the same bits on a GPU too"
     return "the same bits as a run that never stopped"
 
 
@@ -102,25 +110,15 @@ def _changes(
     return changes
 
 
-def _look(
-    run_dir: Path, config: TrainConfig, identity: dict[str, Any], sampler: Sampler, log: Log
-) -> Checkpoint | None:
-    """Rank 0 only. The newest good checkpoint, if its options agree; leaves config.yaml in the run folder."""
-    folder = run_dir / "checkpoints"
-    checkpoints.sweep(folder)
-    found = checkpoints.newest_good(folder, log.say)
-    if found is not None:
-        if changes := _changes(found, config, identity):
-            raise InputError(
-                f"{run_dir} was trained with other options: {'; '.join(changes)}."
-                " Choose another run_dir, or name the options in --checkpoint.allow_changes."
-            )
-        if _changes(found, config, identity, but_allowed=False):
-            found.state.update(order="", order_since=found.state["step"])  # of another run from here on
-        else:
-            _require_order(found, sampler)
-    checkpoints.write_atomically(run_dir / "config.yaml", to_yaml(config))
-    return found
+def _accept(found: Checkpoint, config: TrainConfig, identity: dict[str, Any], sampler: Sampler) -> None:
+    """Rank 0 only. Raises InputError when options, data or order are not those of the checkpoint."""
+    if changes := _changes(found, config, identity):
+        raise InputError(
+            f"{config.run_dir} was trained with other options: {'; '.join(changes)}."
+            " Choose another run_dir, or name the options in --checkpoint.allow_changes."
+        )
+    if not _changes(found, config, identity, but_allowed=False):
+        _require_order(found, sampler)
 
 
 def _require_order(found: Checkpoint, sampler: Sampler) -> None:
@@ -135,17 +133,3 @@ def _require_order(found: Checkpoint, sampler: Sampler) -> None:
             f" the same seed (numpy {before} -> {now}, or a changed sampler): go back to that version,"
             " or choose another run_dir."
         )
-
-
-def warn_of_slow_saves(before: dict[str, Any], config: TrainConfig, log: Log) -> None:
-    """Rank 0 only. before: status.json of the last life."""
-    if (seconds := before.get("save_s") or 0) > config.checkpoint.grace_s:
-        log.say(too_slow(seconds, config.checkpoint.grace_s))
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()

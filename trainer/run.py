@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,20 +13,27 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from plainloop.data.loader import step_batches
+from plainloop.data.loader import Steps, step_batches
 from plainloop.data.types import InputError
+from plainloop.models.load import overflows_in_fp16
 from plainloop.trainer import checkpoint as checkpoints
 from plainloop.trainer.checks import check_train_config
 from plainloop.trainer.config import TrainConfig
-from plainloop.trainer.deadline import Deadline
+from plainloop.trainer.deadline import Deadline, clock
+from plainloop.trainer.device import peak_memory_gb, set_up_device
 from plainloop.trainer.distributed import World, process_group, world_from_env
 from plainloop.trainer.errors import NUMERICAL
 from plainloop.trainer.hooks import Evaluate, LogLine, NonFinite, Stop, Stopwatch
 from plainloop.trainer.log import Log
 from plainloop.trainer.loop import Hook, Progress, StepOptions, Verdict, fit, warm_up
 from plainloop.trainer.optim import learning_rate, make_optimizer
-from plainloop.trainer.precision import check_precision, make_scaler
-from plainloop.trainer.resume import find_checkpoint, guarantee, record, warn_of_slow_saves
+from plainloop.trainer.precision import make_scaler, resolve_precision, slow_precision
+from plainloop.trainer.resume import (
+    find_checkpoint,
+    guarantee,
+    record,
+    require_same_run,
+)
 from plainloop.trainer.run_folder import hold
 from plainloop.trainer.saving import SaveCheckpoint
 from plainloop.trainer.signals import StopRequest, handlers_restored
@@ -46,7 +54,6 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         # Who and where. Rank 0 holds the run folder; nobody else may write there.
         check_train_config(config)
         world = world_from_env(config.device)
-        check_precision(config.precision, world.device)
         run_dir = Path(config.run_dir)
         log = Log(run_dir, enabled=world.is_main, tensorboard=config.log.tensorboard)
         folder = stack.enter_context(hold(run_dir, world.rank, log.say))
@@ -64,6 +71,7 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         total_steps = min(config.max_steps or 2**62, config.epochs * steps.sampler.steps_per_epoch)
 
         # Together from here on; a thread in each rank ends a run that hangs.
+        stop_time = folder.stop_time()
         place, longest = Place(), max(config.start_timeout_s, config.timeout_s)
         prefix = stack.enter_context(process_group(world, timeout_s=longest + 60))
         watch = Watch(
@@ -73,8 +81,15 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         stack.enter_context(watch.watching())
 
         # Model: own newest good checkpoint > the pretrained one. A new head depends on the seed alone.
+        set_up_device(world, tf32=config.tf32, deterministic=config.deterministic)
+        found = find_checkpoint(run_dir, world, log)
+        precision, why = resolve_precision(
+            config.precision, world.device, overflows_in_fp16=overflows_in_fp16(config.model.path),
+            recorded=found.state["config"]["precision"] if found else None,
+        )  # fmt: skip
+        config = replace(config, precision=cast(Any, precision))
         identity = record(config, world, rows.path.name, tokens)
-        found = find_checkpoint(run_dir, config, identity, steps.sampler, world, log)
+        require_same_run(found, config, identity, steps.sampler, world)
         folder.joined = True
         torch.manual_seed(config.seed)
         place.at("loading the model", 0)
@@ -90,7 +105,11 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
             log.say(f"guaranteed: {guarantee(found, config, identity)}")
         if world.is_main:
             folder.status("running", step=state.step, began_at=state.step, total_steps=total_steps)
-            warn_of_slow_saves(folder.before, config, log)
+            if warning := stop_time.too_long(config.checkpoint.grace_s):
+                log.say(warning)
+        log.say(f"precision {precision}: {why}")
+        if world.is_main and (warning := slow_precision(precision, world.device)):
+            log.say(warning)
         log.say(f"train: {steps.describe()}")
         for part, path, data in (("train", config.data.train, rows), ("dev", config.data.dev, dev_rows)):
             name = path if isinstance(path, str) else ", ".join(path or [])
@@ -100,10 +119,10 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
 
         # What happens between steps, in this order. A hook of your own goes into this list.
         progress = Progress(state, total_steps, steps.sampler.steps_per_epoch)
-        clock, lr = Stopwatch(), learning_rate(config.optim, total_steps)
+        stopwatch, lr = Stopwatch(), learning_rate(config.optim, total_steps)
         request = StopRequest(run_dir / "stop" if world.is_main else None)
-        stop = Stop(request, config.stop_at_step)
-        deadline = Deadline.from_env(lambda: folder.save_s)
+        stop = Stop(request, config.stop_at_step, stop_time)
+        deadline = Deadline.from_env(stop_time)
 
         def should_stop() -> bool:
             place.tick()
@@ -118,16 +137,17 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
             )  # fmt: skip
 
         save = SaveCheckpoint(
-            folder, lambda path, weights: task.save_model(model, path, weights), log, clock, world,
+            folder, lambda path, weights: task.save_model(model, path, weights), log, stopwatch, world,
             config.checkpoint, metric=config.evaluation.best_metric, saved_step=state.step, extra=identity,
+            stop_time=stop_time,
         )  # fmt: skip
         stack.callback(save.close)
         hooks: list[Hook] = [
             stop,
             NonFinite(config.optim.max_nonfinite_steps, task.record_ids),
             CompareRanks(world, config.compare_every_steps),
-            LogLine(log, config.log.every_steps, clock, lr, deadline),
-            *([Evaluate(evaluate, log, clock, config.evaluation)] if dev_rows is not None else []),
+            LogLine(log, config.log.every_steps, stopwatch, lr, stop_time, deadline),
+            *([Evaluate(evaluate, log, stopwatch, config.evaluation)] if dev_rows is not None else []),
             save,
         ]
 
@@ -137,7 +157,7 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
             task.loss_sum, lr, world, config.seed, config.precision, config.optim.max_grad_norm
         )
         if state.step < total_steps:
-            warm_up(state, steps.largest(), options)
+            log.say(warm_up_and_estimate(state, steps, options, total_steps, save, log))
         stack.enter_context(request.listening(lambda reason: folder.failed(reason, 130, world.rank)))
         pin = world.device.type == "cuda"
         batches = step_batches(
@@ -154,6 +174,22 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
             "exit_code": verdict.value,
         }  # fmt: skip
     return verdict
+
+
+def warm_up_and_estimate(
+    state: TrainState, steps: Steps, options: StepOptions, total_steps: int, save: SaveCheckpoint, log: Log
+) -> str:
+    """All ranks. One line: how long the training will take, evaluations and saves apart, and its memory."""
+    largest = steps.largest()
+    pass_s = warm_up(state, largest, options)
+    save.reserve(state)
+    estimate_s = pass_s * steps.passes(largest[-1]) * (total_steps - state.step)
+    memory_gb = peak_memory_gb(state.device)
+    log.record("warm_up", state.step, {"memory_gb": memory_gb, "pass_s": pass_s, "estimate_s": estimate_s})
+    return (
+        f"training will take about {clock(estimate_s)}, by the {pass_s:.2f} s of a warm-up pass;"
+        f" peak memory until here {memory_gb:.2f} GB"
+    )
 
 
 def wrap(model: nn.Module, world: World, *, compile_it: bool) -> nn.Module:

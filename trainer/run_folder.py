@@ -19,6 +19,7 @@ from typing import Any
 
 from plainloop.data.types import InputError
 from plainloop.trainer.checkpoint import no_follow, sweep, write_atomically
+from plainloop.trainer.deadline import StopTime
 from plainloop.trainer.errors import IO, RunError, explain
 
 BEAT_S = 5.0  # the lock's time stamp is renewed this often
@@ -205,10 +206,14 @@ class RunFolder:
         with contextlib.suppress(OSError):  # a full disk costs the status, not the run
             write_atomically(self.path / "status.json", json.dumps({**record, "time": time.time()}, indent=1))
 
-    @property
-    def save_s(self) -> float:
-        """Seconds of the last save, of this life or of the one before; 0 when there was none."""
-        return float(self._known.get("save_s") or self.before.get("save_s") or 0.0)
+    def stop_time(self) -> StopTime:
+        """As the life before measured it; zeros when there was none."""
+        known = self.before.get("stop_time")
+        return (
+            StopTime(**known)
+            if isinstance(known, dict)
+            else StopTime(save_s=self.before.get("save_s") or 0.0)
+        )
 
     def progress(self, **values: Any) -> None:
         """Rank 0 only. Not over a failure that another rank has left."""

@@ -89,14 +89,14 @@ def text_options(given: ScoreTextConfig) -> TextOptions:
 
 def score_model(config: ScoreConfig) -> dict[str, float] | None:
     """All ranks."""
-    from plainloop.models.load import load_config
+    from plainloop.models.load import load_config, overflows_in_fp16
     from plainloop.trainer.checkpoint import write_atomically
+    from plainloop.trainer.device import set_up_device
     from plainloop.trainer.distributed import process_group, world_from_env
-    from plainloop.trainer.precision import check_precision
+    from plainloop.trainer.precision import resolve_precision, slow_precision
     from plainloop.trainer.tasks import make_task
 
     world = world_from_env(config.device)
-    check_precision(config.precision, world.device)
     path = checkpoint_path(str(config.model))
     trained = trained_with(path)
     kind = trained.get("task") or ("text" if load_config(path).is_encoder_decoder else "span")
@@ -119,17 +119,23 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
     rows = task.prepare("dev", config.data or "")
     if config.rouge_bootstrap and "rougeL_f1" not in task.metric_names():
         raise InputError("--rouge_bootstrap is for CausalQA; this data is SQuAD's.")
-    for line in task.report("dev", rows, config.precision) if world.is_main else []:
-        print(line, file=sys.stderr)
-    model = task.load_model(path, new_head=False).to(world.device)
     evaluation = EvaluationConfig(
         max_answer_length=config.max_answer_length,
         null_threshold=config.null_threshold,
         num_best=config.num_best,
     )
     with process_group(world, timeout_s=config.timeout_s):
+        set_up_device(world, tf32=config.tf32, deterministic=False)
+        precision, why = resolve_precision(
+            config.precision, world.device, overflows_in_fp16=overflows_in_fp16(path)
+        )
+        if world.is_main:
+            lines = [f"precision {precision}: {why}", slow_precision(precision, world.device)]
+            for line in filter(None, [*lines, *task.report("dev", rows, precision)]):
+                print(line, file=sys.stderr)
+        model = task.load_model(path, new_head=False).to(world.device)
         metrics = task.evaluate(
-            model, rows, name=path, precision=config.precision, tokens=config.tokens_per_device,
+            model, rows, name=path, precision=precision, tokens=config.tokens_per_device,
             config=evaluation, folder=Path(config.out_dir) if config.out_dir else None,
             should_stop=lambda: False, training=False, bootstrap=config.rouge_bootstrap,
         )  # fmt: skip

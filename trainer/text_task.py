@@ -20,9 +20,15 @@ from plainloop.data.samplers import Sampler, subset
 from plainloop.data.store import Store
 from plainloop.data.types import Answer, Example, InputError, TextExample
 from plainloop.models.cpu import speed_up_dropout
-from plainloop.models.load import checkpoint_activations, load_config, load_tokenizer, save_network
-from plainloop.models.seq2seq import (
+from plainloop.models.load import (
     OVERFLOWS_IN_FP16,
+    checkpoint_activations,
+    load_config,
+    load_tokenizer,
+    save_network,
+)
+from plainloop.models.position_bias import share_position_bias
+from plainloop.models.seq2seq import (
     Seq2SeqModel,
     load_seq2seq_model,
     source_limit,
@@ -119,6 +125,8 @@ class TextTask:
             checkpoint_activations(model.network)
         if self.world.device.type == "cpu":
             speed_up_dropout(model.network)
+        else:
+            share_position_bias(model.network)
         return model
 
     def save_model(self, model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:

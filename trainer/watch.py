@@ -122,6 +122,8 @@ class Watch:
         """Write down this rank's stacks, say who is behind, end this process; torchrun ends the others."""
         with contextlib.suppress(OSError), open(self._stacks, "w", opener=no_follow) as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
+        if self.world.device.type == "cuda":
+            self._dump_collectives()
         if self.world.size == 1:
             verdict = f"no progress for {still_s:.0f} s at step {self.place.step}, {self.place.doing}"
         else:
@@ -138,6 +140,16 @@ class Watch:
         if self.on_hang(message):
             print(f"plainloop: error: {message}", file=sys.stderr, flush=True)
         os._exit(NUMERICAL)  # the main thread may never come back
+
+    def _dump_collectives(self) -> None:
+        """What NCCL's flight recorder knows of the last collectives, which is lost with this process."""
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+        if dump is not None:
+            with (
+                contextlib.suppress(OSError),
+                open(self._stacks.with_suffix(".json"), "wb", opener=no_follow) as stream,
+            ):
+                stream.write(dump())
 
 
 def blame(

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from plainloop.trainer import checkpoint, hooks, loop
-from plainloop.trainer.cli import main
+from plainloop.trainer.cli import main, main_of_process  # noqa: F401
 
 FAULT = json.loads(os.environ.get("FAULT", "{}"))
 HERE = int(os.environ.get("RANK", 0)) == FAULT.get("rank", int(os.environ.get("RANK", 0)))
@@ -57,4 +57,4 @@ if HERE and LIFE == FAULT.get("life", LIFE):
     loop.train_step = faulty_step
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main_of_process()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from plainloop.trainer.deadline import Deadline, clock, signal_s
+from plainloop.trainer.deadline import Deadline, StopTime, clock
 from plainloop.trainer.hooks import LogLine, Stopwatch
 from plainloop.trainer.loop import Progress
 
@@ -22,40 +22,46 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Any:
         now = time.time()
         monkeypatch.setenv("SLURM_JOB_START_TIME", str(int(now - ago)))
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now + left)))
-        return Deadline.from_env(lambda: 20.0)
+        return Deadline.from_env(StopTime(step_s=4.0, batch_s=1.0, save_s=20.0))
 
     return make
 
 
 def test_requeues(job: Any) -> None:
-    """A life of an hour has 3600 s - 100 s of start-up - 90 s before its end (60, a step of 5, a save of 20,
-    in whole 10 s) = 3410 s; this one has 3500 - 90 left.
+    """A life of an hour has 3600 s - 100 s of start-up - 90 s before its end (60, a step of 4, a batch of 1,
+    a save of 20, in whole 10 s) = 3410 s; this one has 3500 - 90 left.
     """
     deadline = job(100, 3500)
     for needed, expected in ((3000, 0), (3400, 0), (3450, 1), (3410 + 3400, 1), (3410 + 3500, 2), (33000, 9)):
-        assert deadline.outlook(needed, 5.0)["requeues"] == expected
-    assert deadline.signal_s == 90 and "--signal=B:USR1@90 is early enough" in deadline.advice()
-    outlook = deadline.outlook(7000, 5.0)
+        assert deadline.outlook(needed)["requeues"] == expected
+    assert deadline.stop_time.signal_s == 90 and "--signal=B:USR1@90 is early enough" in deadline.advice()
+    outlook = deadline.outlook(7000)
     warning = deadline.warning(outlook, 7000)
     assert warning and "00:58:" in warning and "needs about 01:56:40 more: about 2 requeues" in warning
     assert deadline.warning(outlook, 7000) is None  # told
-    assert deadline.warning(deadline.outlook(34100, 5.0), 34100)  # more than was told
+    assert deadline.warning(deadline.outlook(34100), 34100)  # more than was told
 
 
 def test_a_life_too_short_for_anything(job: Any) -> None:
-    assert job(100, 10).outlook(1000, 1.0)["requeues"] == 1000
+    assert job(100, 10).outlook(1000)["requeues"] == 1000
 
 
 def test_no_limit(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job(0, 30 * 365 * 86400) is None  # UNLIMITED
     assert job(100, -10) is None
     monkeypatch.delenv("SLURM_JOB_END_TIME")
-    assert Deadline.from_env(lambda: 0.0) is None
+    assert Deadline.from_env(StopTime()) is None
 
 
 def test_clock_and_lead() -> None:
     assert clock(59.9) == "00:00:59" and clock(90061) == "1d 01:01:01" and clock(0) == "00:00:00"
-    assert signal_s(0.0, 0.0) == 60 and signal_s(0.5, 0.0) == 70 and signal_s(20.0, 10.0) == 90
+    assert StopTime().signal_s == 60 and StopTime(step_s=0.5).signal_s == 70
+    slow = StopTime(step_s=20.0, batch_s=15.0, save_s=10.0)
+    assert slow.signal_s == 110 and slow.too_long(45) is None
+    warning = slow.too_long(30)
+    assert (
+        warning and "a stop takes up to 45 s (a step of 20.0 s, a batch of an evaluation of 15.0 s" in warning
+    )
 
 
 def test_what_a_start_makes_up_for_is_not_in_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +69,7 @@ def test_what_a_start_makes_up_for_is_not_in_the_estimate(monkeypatch: pytest.Mo
     now, told, watch = [0.0], [], Stopwatch()
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     log: Any = SimpleNamespace(train_line=lambda *a: told.append(a[2]["left_s"]), record=lambda *a: None)
-    line = LogLine(log, 1, watch, lambda _: 0.0)
+    line = LogLine(log, 1, watch, lambda _: 0.0, StopTime())
     zero = torch.zeros(())
     state = SimpleNamespace(
         step=50, loss_count=0, loss_sum=zero.double(), grad_norm=zero, nonfinite_total=zero,
