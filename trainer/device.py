@@ -23,7 +23,7 @@ def set_up_device(world: World, *, tf32: bool, deterministic: bool) -> None:
     torch raises where it has none. Raises InputError for a GPU that the ranks or the installed torch can't
     use.
     """
-    # oneDNN keeps 1,024 compiled products, and each shape needs its own: gigabytes. Read at the first product.
+    # oneDNN keeps 1,024 compiled products, and each shape needs its own. Read at the first product.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts

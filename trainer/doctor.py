@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -102,9 +103,11 @@ class Doctor:
     def device(self) -> str:
         self.world = world_from_env(self.config.device)
         set_up_device(self.world, tf32=self.config.tf32, deterministic=self.config.deterministic)
-        precision, why = resolve_precision(
-            self.config.precision, self.world.device, overflows_in_fp16=self._overflows_in_fp16()
-        )
+        overflows = False
+        with contextlib.suppress(InputError):  # which the next check tells
+            overflows = overflows_in_fp16(self.config.model.path)
+        wanted, device = self.config.precision, self.world.device
+        precision, why = resolve_precision(wanted, device, overflows_in_fp16=overflows)
         self.config = replace(self.config, precision=cast(Any, precision))
         gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
         if self.world.device.type == "cpu":
@@ -259,12 +262,6 @@ class Doctor:
         if value is None:
             raise Doubt(f"not checked: {what} comes first")
         return value
-
-    def _overflows_in_fp16(self) -> bool:
-        try:
-            return overflows_in_fp16(self.config.model.path)
-        except InputError:  # which the next check tells
-            return False
 
     def _count(self, part: str, path: Any) -> int:
         if self.config.task == "span":
