@@ -66,6 +66,8 @@ def main() -> None:
     from plainloop.trainer.tasks import make_task
 
     path = str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "squad2/dev-v2.0.full-rebuilt.json")
+    if "TINY" in os.environ:  # a small file, to see that it runs
+        path = str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "xquad/xquad.en.json")
     examples = read_squad(path)
     with tempfile.TemporaryDirectory() as cache:
         model = ModelConfig(path=packaged_encoder())

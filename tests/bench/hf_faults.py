@@ -8,6 +8,7 @@ second process resumes; its final weights are compared with those of a run that 
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -120,7 +121,8 @@ def main() -> None:
     root = Path(tempfile.mkdtemp())
     run(root / "whole", STEPS)
     run(root / "half", STEPS // 2)
-    for name, (file, damage) in FAULTS.items():
+    tiny = "TINY" in os.environ  # one fault, to see that it runs
+    for name, (file, damage) in list(FAULTS.items())[: 1 if tiny else None]:
         folder = root / "resumed"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(root / "half", folder)
@@ -128,7 +130,7 @@ def main() -> None:
         code, error = run(folder, STEPS, "resume")
         told = error[:120] if code else f"weights differ by {difference(folder, root / 'whole'):.1e}"
         print(f"{name}: exit {code}; {told}", flush=True)
-    for mode, skew_s in (("plain", None), ("jit", None), ("jit", 0.6)):
+    for mode, skew_s in () if tiny else (("plain", None), ("jit", None), ("jit", 0.6)):
         shutil.rmtree(root / "signal", ignore_errors=True)
         (root / "signal").mkdir()
         to = f"both ranks, {skew_s} s apart" if skew_s else "one rank"

@@ -1,9 +1,9 @@
-"""Two processes against one, a thread each: python tests/bench/scaling.py (needs PLAINLOOP_REAL_DATA).
+"""Two processes against one, a thread each: python tests/bench/scaling.py (real data as in speed.py).
 
 Paired step by step, since a machine's speed drifts: under torchrun with two processes, rank 0 alone trains
-a global batch while rank 1 sleeps, then both train the same global batch through DDP, and so on. bf16,
-MiniLM, real data; a batch of 16 rows, where 90 MB of gradients and the optimizer's step weigh most, and one
-of 64.
+a global batch while rank 1 sleeps, then both train the same global batch through DDP, and so on. MiniLM,
+precision as `plainloop train` chooses it; a batch of 16 rows, where 90 MB of gradients and the optimizer's
+step weigh most, and one of 64. TINY=1: a few rows, to see that it runs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 
-from speed import LR, setup
+from speed import LR, precision_of, setup
 
-WARMUP, STEPS = 2, 16
+TINY = "TINY" in os.environ
+WARMUP, STEPS, LIMIT = (1, 2, 40) if TINY else (2, 16, 4000)
 
 
 def measure(cache: str, batch_size: int) -> None:
@@ -35,7 +36,8 @@ def measure(cache: str, batch_size: int) -> None:
     from plainloop.trainer.run import wrap
     from plainloop.trainer.state import TrainState
 
-    task, windows, path = setup(cache, threads=1)
+    task, windows, path = setup(cache, threads=1, limit=LIMIT)
+    precision = precision_of(task, path)
     both = task.world
     alone = dataclasses.replace(both, rank=0, size=1)
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
@@ -47,9 +49,9 @@ def measure(cache: str, batch_size: int) -> None:
             network = networks[name]
             states[name] = TrainState(
                 network, wrap(network, world, compile_it=False), make_optimizer(network, OptimConfig(lr=LR)),
-                make_scaler("bf16", world.device), world.device,
+                make_scaler(precision, world.device), world.device,
             )  # fmt: skip
-            options[name] = StepOptions(task.loss_sum, lambda _: LR, world, 1, "bf16", 1.0)
+            options[name] = StepOptions(task.loss_sum, lambda _: LR, world, 1, precision, 1.0)
             whole = task.steps(windows, batch_size=batch_size, seed=1, tokens=4096)
             whole.world_size, whole.rank = world.size, world.rank
             sources[name] = whole
@@ -72,8 +74,8 @@ def main() -> None:
         measure(sys.argv[2], int(sys.argv[3]))
         return
     with tempfile.TemporaryDirectory() as cache:
-        setup(cache)
-        for batch_size in (16, 64):
+        setup(cache, limit=LIMIT)
+        for batch_size in (4,) if TINY else (16, 64):
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
             line = [*launcher, __file__, "--child", cache, str(batch_size)]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

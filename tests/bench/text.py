@@ -2,10 +2,12 @@
 
 Needs PLAINLOOP_REAL_DATA. A T5 of 3 + 3 layers (d_model 256) with random weights and the real vocabulary.
 
-speed     non-padding tokens/s, bf16, batch 16, 2 threads, each in a process of its own, in turns:
-          (a) Seq2SeqTrainer with padding to max_length 512; (b) at its best: dynamic padding, grouped by
+speed     non-padding tokens/s, precision as `plainloop train` chooses it, batch 16, 2 threads, each in a
+          process of its own, in turns: (a) Seq2SeqTrainer with padding to max_length 512; (b) at its best: dynamic padding, grouped by
           length, fused AdamW; (b+) the same with our CPU dropout; ours. SQuAD 2.0 as text, 4,000 questions.
 generate  252 questions of CausalQA: the usual loop (padded to 1024, unsorted, batches of 8) and ours.
+
+TINY=1: a few rows and one round, to see that it runs.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
+TINY = "TINY" in os.environ
 BATCH, WARMUP, LR = 16, 4, 1e-4
-STEPS = {"a": 5, "b": 50, "b+": 50, "ours": 32}
+STEPS = dict.fromkeys(("a", "b", "b+", "ours"), 2) if TINY else {"a": 5, "b": 50, "b+": 50, "ours": 32}
+LIMIT, ROUNDS = (100, 1) if TINY else (4000, 3)
 
 
 def data(name: str) -> str:
@@ -58,6 +62,12 @@ def setup(
         TextConfig(max_source_length=source, null_target=null), world_from_env("cpu"),
     )  # fmt: skip
     return task, task.prepare("train", path, limit=limit)
+
+
+def precision_of(task: Any) -> str:
+    from plainloop.trainer.precision import choose_precision
+
+    return choose_precision(task.world.device, overflows_in_fp16=True)[0]
 
 
 def as_features(rows: Any, order: Any) -> list[dict[str, Any]]:
@@ -132,7 +142,7 @@ def speed_child(name: str, folder: str) -> None:
     """Prints tokens/s and the peak memory as JSON."""
     import resource
 
-    task, rows = setup(folder, data("squad2/train-v2.0.subset.json"), limit=4000)
+    task, rows = setup(folder, data("squad2/train-v2.0.subset.json"), limit=LIMIT)
     steps = STEPS[name]
     if name == "ours":
         tokens, seconds = run_ours(task, rows, folder, steps)
@@ -154,7 +164,8 @@ def speed_child(name: str, folder: str) -> None:
             speed_up_dropout(model)
         trainer = trainer_for(
             model, folder, as_features(rows, range(len(rows))),
-            padder(task, width=512 if name == "a" else None, counts=counts), bf16=True,
+            padder(task, width=512 if name == "a" else None, counts=counts),
+            bf16=precision_of(task) == "bf16",
             per_device_train_batch_size=BATCH, max_steps=WARMUP + steps, optim="adamw_torch_fused",
             train_sampling_strategy="random" if name == "a" else "group_by_length", logging_steps=50,
         )  # fmt: skip
@@ -168,14 +179,15 @@ def speed_child(name: str, folder: str) -> None:
 def run_ours(task: Any, rows: Any, folder: str, steps: int) -> tuple[float, float]:
     """The real loop with its loader and log: non-padding tokens, seconds."""
     from plainloop.data.loader import step_batches
+    from plainloop.trainer.deadline import StopTime
     from plainloop.trainer.hooks import LogLine, Stopwatch
     from plainloop.trainer.log import Log
     from plainloop.trainer.loop import Progress, fit
 
-    state, options, source = our_state(task, rows, folder, precision="bf16")
+    state, options, source = our_state(task, rows, folder, precision=precision_of(task))
     log = Log(Path(folder), enabled=True, tensorboard=False)
-    log.start(0, WARMUP + steps)
-    line = LogLine(log, 10, Stopwatch(), options.lr)
+    log.start(0, WARMUP + steps, ())
+    line = LogLine(log, 10, Stopwatch(), options.lr, StopTime())
 
     def run(first: int, last: int) -> None:
         loader = step_batches(source, start=first, total=last, workers=0, pin=False)
@@ -205,7 +217,7 @@ def our_state(
     return state, options, task.steps(rows, batch_size=BATCH, seed=1, tokens=tokens)
 
 
-def speed(folder: str, rounds: int = 3) -> None:
+def speed(folder: str, rounds: int = ROUNDS) -> None:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in STEPS}
     for number in range(rounds):
         for name in STEPS if number % 2 == 0 else reversed(STEPS):
@@ -230,13 +242,14 @@ def speed(folder: str, rounds: int = 3) -> None:
         print(f"ours / {name} = {statistics.median(ratios):.2f} (median of rounds; target {target})")
 
 
-def generation(folder: str, rounds: int = 3) -> None:
+def generation(folder: str, rounds: int = ROUNDS) -> None:
     import torch
 
     from plainloop.trainer.generate import Setting, generate_texts
 
     task, _ = setup(folder, data("causalqa/squad2_valid_original_split.csv"), source=1024)
     rows = task.prepare("dev", data("causalqa/squad2_valid_original_split.csv"))
+    count = 16 if TINY else len(rows)
     model = task.load_model(folder, new_head=False).eval()
     setting = Setting(task.world, "fp32", 8192, lambda: False)
     seconds: dict[str, list[float]] = {"usual": [], "ours": []}
@@ -246,7 +259,7 @@ def generation(folder: str, rounds: int = 3) -> None:
             model,
             rows,
             task.collate(rows),
-            np.arange(len(rows)),
+            np.arange(count),
             setting,
             decode=task._decode,
             nulls=(),
@@ -258,7 +271,7 @@ def generation(folder: str, rounds: int = 3) -> None:
         started = time.perf_counter()
         usual: list[str] = []
         collate = padder(task, width=1024)
-        features = as_features(rows, range(len(rows)))
+        features = as_features(rows, range(count))
         with torch.inference_mode():
             for i in range(0, len(features), 8):
                 batch = collate([{**f, "labels": f["labels"][:100]} for f in features[i : i + 8]])

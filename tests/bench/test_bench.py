@@ -1,0 +1,40 @@
+"""Each benchmark, for one tiny round: that it runs, whatever it measures."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# What each one prints at the end of its work.
+LAST = {
+    "speed.py": r"ours / c = \d",
+    "text.py": r"ours / b\+ = \d",
+    "text_exact.py": r"largest relative difference \d.*e-0[4-9]",
+    "scaling.py": r"together [\d.]+ times as fast",
+    "decode.py": r"ratio \d",
+    "saving.py": r"medians of 1: synchronous [\d.]+ s",
+    "hf_faults.py": r"exit \d",
+}
+
+
+def test_none_is_forgotten() -> None:
+    assert {path.name for path in HERE.glob("*.py")} - {Path(__file__).name} == set(LAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAST)
+def test_a_tiny_round_of(name: str, real_data: Path, minilm: str) -> None:
+    line = [sys.executable, str(HERE / name), *(["--tiny"] if name == "speed.py" else [])]
+    result = subprocess.run(
+        line,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "TINY": "1", "OMP_NUM_THREADS": "2"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(LAST[name], result.stdout), result.stdout
