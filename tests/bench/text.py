@@ -3,8 +3,9 @@
 Needs PLAINLOOP_REAL_DATA. A T5 of 3 + 3 layers (d_model 256) with random weights and the real vocabulary.
 
 speed     non-padding tokens/s, precision as `plainloop train` chooses it, batch 16, 2 threads, each in a
-          process of its own, in turns: (a) Seq2SeqTrainer with padding to max_length 512; (b) at its best: dynamic padding, grouped by
-          length, fused AdamW; (b+) the same with our CPU dropout; ours. SQuAD 2.0 as text, 4,000 questions.
+          process of its own, in turns: (a) Seq2SeqTrainer with padding to max_length 512; (b) at its best:
+          dynamic padding, grouped by length, fused AdamW; (b+) the same with our CPU dropout; ours. SQuAD 2.0
+          as text, 4,000 questions.
 generate  252 questions of CausalQA: the usual loop (padded to 1024, unsorted, batches of 8) and ours.
 
 TINY=1: a few rows and one round, to see that it runs.
