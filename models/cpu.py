@@ -32,7 +32,7 @@ def cpu_dropout(x: Tensor, p: float) -> Tensor:
     mask.bitwise_and_(2**SCALE_BITS - 1).sub_(threshold).bitwise_right_shift_(15)  # -1: drop, 0: keep
     mask.bitwise_not_()
     if x.dtype == torch.bfloat16:
-        return x * mask.bitwise_and_(int(scale.view(torch.int16))).view(torch.bfloat16)
+        return x * mask.bitwise_and_(scale.view(torch.int16)).view(torch.bfloat16)
     return x * (mask * -(2**SCALE_BITS / (2**SCALE_BITS - threshold))).to(x.dtype)
 
 

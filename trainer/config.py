@@ -181,6 +181,10 @@ class DoctorConfig(TrainConfig):
     """Will `plainloop train` with these options run on this machine? A line per check."""
 
     hours: float | None = option(None, "the job's time limit; default: that of the job this runs in, if any")
+    prove: bool = option(
+        False,
+        "then train a few steps: are stopped and continued runs the same to the bit here? what is fastest?",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

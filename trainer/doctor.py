@@ -27,20 +27,19 @@ from plainloop.trainer.config import DoctorConfig
 from plainloop.trainer.deadline import Deadline, StopTime, clock
 from plainloop.trainer.device import set_up_device
 from plainloop.trainer.distributed import World, world_from_env
+from plainloop.trainer.errors import Doubt
 from plainloop.trainer.manifest import fault_of, read_source
+from plainloop.trainer.memory import Pass, measure_pass, memory_of, parameters_of
 from plainloop.trainer.precision import resolve_precision, slow_precision
 from plainloop.trainer.probe import (
-    Pass,
     TwoRanks,
     existing,
     job_end,
-    measure_pass,
-    memory_of,
-    parameters_of,
     rendezvous,
     try_file_system,
     versions,
 )
+from plainloop.trainer.prove import prove
 from plainloop.trainer.run import TOKENS_PER_DEVICE
 from plainloop.trainer.tasks import Task, make_task
 
@@ -49,15 +48,11 @@ PROBE_FLOPS = 6e11  # of a pass on a CPU
 TOO_LARGE = 1_000_000_000  # parameters that a CPU does not load for a check
 
 
-class Doubt(Exception):
-    """The run may work; the line says what to look at."""
-
-
 class Doctor:
     """Each check is a method that returns its line, or raises InputError (FAIL) or Doubt (WARN)."""
 
     def __init__(self, config: DoctorConfig, scratch: Path) -> None:
-        self.config, self.failed = config, False
+        self.config, self.scratch, self.failed = config, scratch, False
         # Data is tokenised in part, and not into the cache of the run.
         self.data = replace(config.data, cache_dir=str(scratch), processes=1)
         self.world: World | None = None
@@ -72,11 +67,11 @@ class Doctor:
     def run(self) -> int:
         """Exit code 1 when a check fails."""
         on_gpus = self.config.device != "cpu" and torch.cuda.device_count() > 1
-        self.ranks = TwoRanks("cuda" if on_gpus else "cpu")  # they start while the rest is looked at
-        try:
+        # They start while the rest is looked at. But a GPU in exclusive mode takes one process at a time.
+        with contextlib.closing(TwoRanks("cuda" if on_gpus else "cpu")) as self.ranks:
+            if on_gpus:
+                self.ranks.wait(45)
             return self._run()
-        finally:
-            self.ranks.close()
 
     def _run(self) -> int:
         checks: list[tuple[str, Callable[[], str]]] = [
@@ -90,10 +85,12 @@ class Doctor:
                 level, text = "ok", check()
             except Doubt as doubt:
                 level, text = "WARN", str(doubt)
-            except (InputError, OSError, RuntimeError) as error:  # RuntimeError: CUDA's, with a long tail
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: CUDA's, with a long tail
                 text = str(error) if isinstance(error, InputError) else str(error).partition("\n")[0]
                 level, self.failed = "FAIL", True
             print(f"{level:4}  {name}: {text}", flush=True)
+        if self.config.prove and not self.failed and self.world is not None:
+            self.failed = not prove(self.config, self.world.device, self.scratch)
         return int(self.failed)
 
     def options(self) -> str:

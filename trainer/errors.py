@@ -23,6 +23,10 @@ class RunError(RuntimeError):
         self.exit_code = exit_code
 
 
+class Doubt(Exception):
+    """Of a check by doctor: the run may work; the line says what to look at."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the GPU or of this process; torch has one class for the former, and texts for the rest."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

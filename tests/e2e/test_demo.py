@@ -1,8 +1,12 @@
 """The quick start's promise, on the real encoder with two processes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,65 @@ def test_the_demo_corpus_is_valid_and_its_parts_share_no_fact(tmp_path: Path) ->
     ]
     people_and_places = {name for name in names[0] & names[1] if len(name) > 6}
     assert not people_and_places, "a surname or a place occurs in both parts"
+
+
+def wait_until(happened: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+    until = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < until, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)
+
+
+def processes_with(text: str) -> list[int]:
+    """Living processes whose command line holds it."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            alive = (folder / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+            if alive and text.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except (OSError, ValueError, IndexError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGINT, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signalled_demo_leaves_nobody_behind_and_another_one_does_no_harm(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    line = [sys.executable, "-m", "plainloop.trainer", "demo", "--task", "text", "--run_dir", str(run_dir)]
+    first = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_until(lambda: (run_dir / "metrics.jsonl").exists(), "training")
+        second = subprocess.run(line, capture_output=True, text=True)
+        assert second.returncode == 2 and "is being written to by another run" in second.stderr
+        assert first.poll() is None
+        assert len(processes_with(str(run_dir))) >= 4  # the demo, torchrun and two ranks
+        os.kill(first.pid, number)
+        told = first.communicate(timeout=120)[0]
+    finally:
+        first.kill()
+    assert first.returncode == code, told
+    wait_until(lambda: not processes_with(str(run_dir)), "all processes have ended", 60)
+    if code == 75:
+        assert "the same command starts a new demo" in told and not (run_dir / "demo.lock").exists()
+        assert json.loads((run_dir / "status.json").read_text())["status"] == "stopped"
+
+
+def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("three years")
+    line = [sys.executable, "-m", "plainloop.trainer", "demo", "--run_dir", str(tmp_path)]
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode == 2 and "holds something else than a demo" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.slow

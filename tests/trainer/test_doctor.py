@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -176,10 +177,11 @@ def test_two_ranks(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         doctor().two_ranks()
 
 
-def test_ranks_that_do_not_meet_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_meet_are_ended() -> None:
     ranks = TwoRanks("cpu")
+    ranks.ranks[1].send_signal(signal.SIGSTOP)
     with pytest.raises(InputError, match="did not find each other"):
-        ranks.seconds(0.01)
+        ranks.seconds(1)
     assert all(rank.wait(5) for rank in ranks.ranks)
 
 

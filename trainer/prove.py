@@ -1,0 +1,158 @@
+"""`plainloop doctor --prove`: are the promises kept on this machine, with these options? And what is fastest?
+
+A few steps of the real run are made in processes of their own: uninterrupted, and stopped and continued, on
+one rank and on all of the node. Then weights and optimizer state are compared bit by bit, and gradients
+between numbers of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from plainloop.trainer.config import TrainConfig
+from plainloop.trainer.prove_runs import Launcher
+
+STEPS, STOP_AT = 3, 1
+COMPILE_S = 90  # seconds that compiling may take before it is given up
+SAME_GRADIENT = 1e-4  # relative difference in fp32 that is rounding
+
+
+def prove(config: TrainConfig, device: torch.device, scratch: Path) -> bool:
+    """Print a line a check; True when nothing failed."""
+    good = True
+    for level, name, text in Prover(config, device, scratch).run():
+        good &= level != "FAIL"
+        print(f"{level:4}  {name}: {text}", flush=True)
+    return good
+
+
+class Prover:
+    """Each check has the real runs made that it needs, and returns (ok, WARN or FAIL; what; the line)."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, scratch: Path) -> None:
+        self.device, self.scratch = device, scratch
+        self.ranks = max(2, torch.cuda.device_count()) if device.type == "cuda" else 2
+        if device.type == "cuda" and torch.cuda.device_count() == 1:
+            self.ranks = 1
+        fields = {field.name for field in dataclasses.fields(TrainConfig)}
+        given = {name: getattr(config, name) for name in fields}
+        if device.type == "cpu":  # a proof needs few rows
+            given["batch_size"] = min(config.batch_size, 8)
+            given["tokens_per_device"] = min(config.tokens_per_device or 1024, 1024)
+        self.deterministic = device.type == "cpu" or config.deterministic
+        self.config = dataclasses.replace(
+            TrainConfig(**given), device=cast(Any, device.type), max_steps=STEPS, epochs=1000,
+            stop_at_step=None,
+            data=dataclasses.replace(config.data, dev=None, limit=64, cache_dir=str(scratch / "cache")),
+            evaluation=dataclasses.replace(config.evaluation, best_metric="loss", early_stopping=0),
+            checkpoint=dataclasses.replace(config.checkpoint, every_steps=0, allow_changes=[]),
+            log=dataclasses.replace(config.log, every_steps=1, tensorboard=False),
+        )  # fmt: skip
+
+    def run(self) -> Iterator[tuple[str, str, str]]:
+        """The checks' results, as they come."""
+        with Launcher(self.scratch) as launcher:
+            for ranks in sorted({1, self.ranks}):
+                yield self.resume(launcher, ranks)
+            if self.ranks > 1:
+                yield self.gradients(launcher)
+            yield self.speed(launcher)
+
+    def resume(self, launcher: Launcher, ranks: int) -> tuple[str, str, str]:
+        """Is a run that was stopped and continued the same, to the bit, as one that was not?"""
+        name, folder = f"resume on {ranks} rank(s)", f"{ranks}-ranks"
+        for run, stop_at in (("whole", None), ("halves", STOP_AT), ("halves", None)):
+            if fault := launcher.train(self._config(f"{folder}-{run}", stop_at_step=stop_at), ranks):
+                return "FAIL", name, fault
+        different = self._compare(f"{folder}-whole", f"{folder}-halves")
+        if not different:
+            return "ok", name, f"stopped after step {STOP_AT} and continued: after step {STEPS} the same bits"
+        if fault := launcher.train(self._config(f"{folder}-again"), ranks):
+            return "FAIL", name, fault
+        alike = not self._compare(f"{folder}-whole", f"{folder}-again")
+        told = f"not the same bits: {different}"
+        if alike:
+            return "FAIL", name, f"{told}; two runs without a stop are alike: please report this"
+        told += "; two runs without a stop differ too"
+        if self.deterministic:
+            return "FAIL", name, f"{told}: something in the model, the data or a hook is left to chance"
+        return "WARN", name, f"{told}: --deterministic true would give the same bits"
+
+    def gradients(self, launcher: Launcher) -> tuple[str, str, str]:
+        """Is the gradient of a global batch the same on any number of ranks? AdamW's first moment tells."""
+        name = f"gradients on 1 and {self.ranks} ranks"
+        model = dataclasses.replace(self.config.model, dropout=0.0, compile=False)
+        if self.config.task == "span":
+            model = dataclasses.replace(model, attention_dropout=0.0)
+        optim = dataclasses.replace(
+            self.config.optim, name="adamw", betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0
+        )
+        for ranks in (1, self.ranks):
+            config = self._config(
+                f"{ranks}-gradient", max_steps=1, model=model, optim=optim, precision="fp32", tf32=False
+            )
+            if fault := launcher.train(config, ranks):
+                return "WARN", name, f"not compared, dropout can't be switched off: {fault}"
+        one, several = (
+            {n: t for n, t in self._tensors(f"{ranks}-gradient", 1).items() if n.endswith("/exp_avg")}
+            for ranks in (1, self.ranks)
+        )
+        norm = sum(float(t.double().square().sum()) for t in one.values()) ** 0.5
+        apart = sum(float((one[n] - several[n]).double().square().sum()) for n in one) ** 0.5 / norm
+        told = f"relative difference {apart:.1e} (fp32, dropout off)"
+        return ("ok" if apart < SAME_GRADIENT else "FAIL"), name, told
+
+    def speed(self, launcher: Launcher) -> tuple[str, str, str]:
+        """Padded tokens/s of forward and backward passes, by format, size and compilation."""
+        tokens = self.config.tokens_per_device or 8192
+        sizes = [tokens, 2 * tokens, 4 * tokens] if self.device.type == "cuda" else [tokens]
+        chosen = self.config.precision
+        others = [p for p in ("bf16", "fp32") if p != chosen]
+        speeds: dict[str, float | None] = {}
+        for label, precision, size, compiled in [
+            *((f"{chosen}, {size} tokens", chosen, size, False) for size in sizes),
+            *((f"{other}, {tokens} tokens", other, tokens, False) for other in others),
+            (f"{chosen}, {tokens} tokens, compiled", chosen, tokens, True),
+        ]:
+            model = dataclasses.replace(self.config.model, compile=compiled)
+            config = self._config("speed", precision=precision, tokens_per_device=size, model=model,
+                                  batch_size=max(self.config.batch_size, size // 64))  # fmt: skip
+            speeds[label] = launcher.measure(config, COMPILE_S)
+        known = {label: speed for label, speed in speeds.items() if speed}
+        shown = "; ".join(
+            f"{label}: {f'{speed:.0f} tokens/s' if speed else 'not measured (out of time or memory)'}"
+            for label, speed in speeds.items()
+        )
+        if not known:
+            return "WARN", "speed", shown
+        best = max(known, key=lambda label: known[label] or 0.0)
+        first = f"{chosen}, {tokens} tokens"
+        gain = known[best] / known[first] - 1 if known.get(first) else 0.0
+        precision, best_size, *more = best.split(", ")
+        advice = f"--precision {precision} --tokens_per_device {best_size.split()[0]}"
+        advice += f" --model.compile {'true' if more else 'false'}"
+        return "ok", "speed", f"{shown}. Fastest: {advice}" + (f" ({gain:+.0%})" if best != first else "")
+
+    def _config(self, folder: str, **changes: Any) -> TrainConfig:
+        return dataclasses.replace(self.config, run_dir=str(self.scratch / folder), **changes)
+
+    def _tensors(self, folder: str, step: int) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        path = self.scratch / folder / f"checkpoints/step-{step:08d}"
+        found: dict[str, torch.Tensor] = load_file(path / "optimizer.safetensors")
+        for file in path.glob("model*.safetensors"):
+            found |= load_file(file)
+        return found
+
+    def _compare(self, left: str, right: str) -> str:
+        """What differs after the last step; empty when nothing does."""
+        one, other = self._tensors(left, STEPS), self._tensors(right, STEPS)
+        different = [n for n in one if n not in other or not torch.equal(one[n], other[n])]
+        different += [n for n in other if n not in one]
+        return f"{len(different)} of {len(one)} tensors differ, first {different[0]}" if different else ""
