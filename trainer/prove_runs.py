@@ -126,11 +126,8 @@ def _fork(order: dict[str, Any], rank: int, port: int, log: str, result: str) ->
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
             torch.set_num_threads(1)
-        os.environ["PLAINLOOP_STOPPED_CODE"] = "0"
         if order["do"] == "train":
-            from plainloop.trainer.cli import main
-
-            code = main(["train", "--config", order["config"]])
+            code = _train(order["config"])
         else:
             Path(result).write_text(str(_tokens_per_s(order["config"])))
             code = 0
@@ -140,6 +137,21 @@ def _fork(order: dict[str, Any], rank: int, port: int, log: str, result: str) ->
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _train(path: str) -> int:
+    """0 when the run was completed, or stopped where it should."""
+    from plainloop.trainer.errors import explain
+    from plainloop.trainer.options import parse
+    from plainloop.trainer.run import train
+
+    try:
+        train(parse(TrainConfig, ["--config", path], program="prove"), last=True)
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        message, code = explain(error)
+        print(f"plainloop: error: {message}", flush=True)
+        return code
+    return 0
 
 
 def _tokens_per_s(path: str) -> float:

@@ -98,17 +98,15 @@ def hugging_face(name: str, steps: int, where: dict[str, Any]) -> None:
     task, windows, path = setup(**where)
     device, precision = task.world.device, precision_of(task, path)
     padding = "max_length" if name == "a" else True
+    label, segment = windows.arrays["label"], windows.arrays["segment"]
     rows = [
         {
-            "input_ids": windows.row("input_ids", i).tolist(),
-            "token_type_ids": (torch.arange(int(n)) >= int(windows.arrays["segment"][i])).long().tolist(),
-            "attention_mask": [1] * int(n),
-            "start_positions": int(windows.arrays["label"][i, 0]),
-            "end_positions": int(windows.arrays["label"][i, 1]),
-            "length": int(n),
+            "input_ids": windows.row("input_ids", i).tolist(), "attention_mask": [1] * int(n),
+            "token_type_ids": (torch.arange(int(n)) >= int(segment[i])).long().tolist(),
+            "start_positions": int(label[i, 0]), "end_positions": int(label[i, 1]), "length": int(n),
         }
         for i, n in enumerate(windows.lengths)
-    ]
+    ]  # fmt: skip
     collator = DataCollatorWithPadding(task.tokenizer, padding=padding, max_length=384, pad_to_multiple_of=8)
     counts = {"tokens": 0, "examples": 0, "start": 0.0, "seconds": 0.0}
 
@@ -263,12 +261,14 @@ def compare(rounds: int, steps: dict[str, int], where: dict[str, Any]) -> None:
         mfu = statistics.median(r.get("flops_per_s", 0.0) for r in found) / top["flops_per_s"]
         shown = f"   MFU {mfu:.0%}" if mfu else ""
         print(f"{name:8s} {speed:7.0f} non-padding tokens/s   peak {memory:.2f} GB{shown}")
-    for name, target in (("a", 4), ("b", 1.25), ("b+", "none"), ("c", 0.97)):
-        if name in results:
-            ratios = [
-                o["tokens_per_s"] / r["tokens_per_s"]
-                for o, r in zip(results["ours"], results[name], strict=True)
-            ]
+    show_ratios(results, {"a": "4", "b": "1.25", "b+": "none", "c": "0.97"})
+
+
+def show_ratios(results: dict[str, list[dict[str, Any]]], targets: dict[str, str]) -> None:
+    """Ours against each of the others, round by round."""
+    for name, target in targets.items():
+        pairs = zip(results["ours"], results.get(name, []), strict=name in results)
+        if ratios := [o["tokens_per_s"] / r["tokens_per_s"] for o, r in pairs]:
             print(f"ours / {name} = {statistics.median(ratios):.2f} (median of rounds; target {target})")
 
 

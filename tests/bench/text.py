@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from speed import show_ratios
 
 TINY = "TINY" in os.environ
 BATCH, WARMUP, LR = 16, 4, 1e-4
@@ -230,17 +231,9 @@ def speed(folder: str, rounds: int = ROUNDS) -> None:
             results[name].append(
                 json.loads([t for t in done.stdout.splitlines() if t.startswith('{"name')][-1])
             )
-            print(
-                "round {}: {name} {tokens_per_s:.0f} tok/s, {peak_gb:.2f} GB".format(
-                    number + 1, **results[name][-1]
-                ),
-                flush=True,
-            )
-    for name, target in (("a", "4"), ("b", "1.3"), ("b+", "none")):
-        ratios = [
-            o["tokens_per_s"] / r["tokens_per_s"] for o, r in zip(results["ours"], results[name], strict=True)
-        ]
-        print(f"ours / {name} = {statistics.median(ratios):.2f} (median of rounds; target {target})")
+            shown = "round {}: {name} {tokens_per_s:.0f} tok/s, {peak_gb:.2f} GB"
+            print(shown.format(number + 1, **results[name][-1]), flush=True)
+    show_ratios(results, {"a": "4", "b": "1.3", "b+": "none"})
 
 
 def generation(folder: str, rounds: int = ROUNDS) -> None:
