@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 
-from speed import LR, precision_of, setup
+from common import precision_of, setup
+from speed import LR
 
 TINY = "TINY" in os.environ
 WARMUP, STEPS, LIMIT = (1, 2, 40) if TINY else (2, 16, 4000)

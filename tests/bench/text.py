@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from speed import show_ratios
+from common import show_ratios
 
 TINY = "TINY" in os.environ
 BATCH, WARMUP, LR = 16, 4, 1e-4
