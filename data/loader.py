@@ -5,20 +5,27 @@ from __future__ import annotations
 import functools
 import itertools
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from plainloop.data.processes import end_with_parent
-from plainloop.data.samplers import Sampler, cut, padded, padded_tokens, split, total
+from plainloop.data.samplers import MULTIPLES, Sampler, Widths, cut, padded_tokens, split, total
 from plainloop.data.store import Store
 from plainloop.data.types import IGNORE_INDEX, MicroBatch, StepBatch
 
-Collate = Callable[[np.ndarray], MicroBatch]
+
+class Collate(Protocol):
+    """Rows -> MicroBatch, padded to `widths`."""
+
+    @property
+    def widths(self) -> Widths: ...
+
+    def __call__(self, rows: np.ndarray) -> MicroBatch: ...
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,11 @@ class SpanCollate:
     pad_token_id: int
     max_length: int
     segments: bool
+    widths: Widths = MULTIPLES
 
     def __call__(self, rows: np.ndarray) -> MicroBatch:
         lengths = self.store.lengths[rows]
-        inputs = _padded_inputs(self.store, rows, self.pad_token_id, self.max_length)
+        inputs = _padded_inputs(self.store, rows, self.pad_token_id, self.max_length, self.widths)
         position = np.arange(inputs["input_ids"].shape[1])
         if self.segments:
             second = position >= self.store.arrays["segment"][rows][:, None]
@@ -59,14 +67,14 @@ class TextCollate:
     pad_token_id: int
     start_token_id: int
     max_length: int
+    widths: Widths = MULTIPLES
 
     def __call__(self, rows: np.ndarray) -> MicroBatch:
-        inputs = _padded_inputs(self.store, rows, self.pad_token_id, self.max_length)
+        inputs = _padded_inputs(self.store, rows, self.pad_token_id, self.max_length, self.widths)
         targets = [self.store.target(row) for row in rows]
         lengths = np.array([len(ids) for ids in targets])
-        decoder = np.full(
-            (len(rows), padded(int(lengths.max()), self.max_length)), self.pad_token_id, dtype=np.int64
-        )
+        width = self.widths.pad(int(lengths.max()), 1, self.max_length)
+        decoder = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
         decoder[:, 0] = self.start_token_id
         for i, ids in enumerate(targets):
             decoder[i, 1 : lengths[i]] = ids[:-1]
@@ -78,10 +86,12 @@ class TextCollate:
         )
 
 
-def _padded_inputs(store: Store, rows: np.ndarray, pad: int, max_length: int) -> dict[str, np.ndarray]:
+def _padded_inputs(
+    store: Store, rows: np.ndarray, pad: int, max_length: int, widths: Widths
+) -> dict[str, np.ndarray]:
     """input_ids and attention_mask, (B, L) int64."""
     lengths = store.lengths[rows]
-    width = padded(int(lengths.max()), max_length)
+    width = widths.pad(int(lengths.max()), 0, max_length)
     input_ids = np.full((len(rows), width), pad, dtype=np.int64)
     for i, row in enumerate(rows):
         input_ids[i, : lengths[i]] = store.row("input_ids", row)
@@ -108,6 +118,7 @@ class Steps(Dataset[StepBatch]):
         self.world_size = world_size
         self.rank = rank
         self.tokens = tokens
+        self.widths = collate.widths
 
     def __getitem__(self, step: int) -> StepBatch:
         rows, lengths = self.sampler.batch(step), self.sampler.lengths
@@ -118,7 +129,7 @@ class Steps(Dataset[StepBatch]):
             divisor=int(self.row_count[rows].sum()),
             examples=len(rows),
             tokens=int(lengths[rows].sum()),
-            padded_tokens=padded_tokens(itertools.chain(*shares), lengths),
+            padded_tokens=padded_tokens(itertools.chain(*shares), lengths, self.widths),
             rows=rows,
         )
 
@@ -135,12 +146,18 @@ class Steps(Dataset[StepBatch]):
         return [self.collate(rows) for rows in (found[:1] if same else [found[0], fullest])]
 
     def _split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
-        return split(rows, self.sampler.lengths, world_size=self.world_size, tokens=self.tokens)
+        return split(
+            rows, self.sampler.lengths, world_size=self.world_size, tokens=self.tokens, widths=self.widths
+        )
 
     def describe(self) -> str:
-        """Steps of an epoch, and the share of padding in what the first one computes."""
+        """Steps of an epoch, the share of padding in what the first one computes, and the widths if few."""
         padding = 1 - int(self.sampler.lengths.sum()) / self._padded_tokens_of_epoch
-        return f"{self.sampler.steps_per_epoch} steps an epoch, {padding:.1%} padding"
+        text = f"{self.sampler.steps_per_epoch} steps an epoch, {padding:.1%} padding"
+        if not self.widths.of_part:
+            return text
+        sets = " x ".join(", ".join(map(str, widths)) for widths in self.widths.of_part)
+        return f"{text}; padded to {self.widths.num_shapes} widths: {sets}"
 
     def passes(self, micro_batch: MicroBatch) -> float:
         """How many passes of the size of this one a rank makes in a step, on average."""
@@ -150,7 +167,7 @@ class Steps(Dataset[StepBatch]):
     @functools.cached_property
     def _padded_tokens_of_epoch(self) -> int:
         shares = itertools.chain.from_iterable(map(self._split, self.sampler.epoch_batches(0)))
-        return padded_tokens(itertools.chain.from_iterable(shares), self.sampler.lengths)
+        return padded_tokens(itertools.chain.from_iterable(shares), self.sampler.lengths, self.widths)
 
     def _empty(self, rows: np.ndarray) -> MicroBatch:
         """For a rank without a share: the shortest row with labels that count for nothing."""

@@ -6,6 +6,7 @@ resumed on two follows the same batches.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,60 @@ def padded(length: int, limit: int | None = None) -> int:
     """Length after padding to the multiple, but not beyond `limit` (the model may have no more positions)."""
     rounded = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
     return rounded if limit is None else max(length, min(rounded, limit))
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What lengths are padded to: to a multiple of 8, or up to one of a few widths.
+
+    of_part: for each part of a row (source, target) its widths, ascending, the largest length among them.
+    """
+
+    of_part: tuple[tuple[int, ...], ...] = ()
+
+    def pad(self, length: int, part: int, limit: int | None = None) -> int:
+        if not self.of_part:
+            return padded(length, limit)
+        widths = self.of_part[part]
+        return widths[bisect.bisect_left(widths, length)]
+
+    @property
+    def num_shapes(self) -> int:
+        """Combinations of widths; 0: any."""
+        return math.prod(map(len, self.of_part)) if self.of_part else 0
+
+    def total(self, lengths: Sequence[int]) -> int:
+        """Padded tokens of a row as long as this in each part."""
+        return sum(self.pad(length, part) for part, length in enumerate(lengths))
+
+
+MULTIPLES = Widths()
+
+
+def few_widths(lengths: np.ndarray, counts: Sequence[int], limit: int) -> Widths:
+    """The widths, at most counts[i] of them for part i, that pad these rows least. lengths: (N,) or (N, P).
+
+    Candidates are the multiples of 8, or `limit` where that is less. Dynamic programming, O(U^2 K) for U
+    candidates.
+    """
+    chosen = []
+    for part, count in zip(_parts(lengths).T, counts, strict=True):
+        rows = np.array([padded(int(length), limit) for length in part])
+        widths, numbers = np.unique(rows, return_counts=True)
+        rows_up_to = np.cumsum(numbers)
+        tokens = rows_up_to * widths  # of all rows up to a candidate, with that one width
+        before: list[np.ndarray] = []  # for each further width: which candidate is the next smaller width
+        for _ in range(min(count, len(widths)) - 1):
+            choices = tokens[None, :] + (rows_up_to[:, None] - rows_up_to[None, :]) * widths[:, None]
+            choices = np.where(np.tri(len(widths), k=-1, dtype=bool), choices, 2**62)
+            choices[:, 0] = np.where(np.arange(len(widths)) == 0, tokens[0], choices[:, 0])
+            before.append(choices.argmin(axis=1))
+            tokens = choices.min(axis=1)
+        found = [len(widths) - 1]
+        for smaller in reversed(before):
+            found.append(int(smaller[found[-1]]))
+        chosen.append(tuple(sorted({int(widths[i]) for i in found})))
+    return Widths(tuple(chosen))
 
 
 @dataclass(frozen=True)
@@ -68,16 +123,18 @@ def order_digest(before: str, rows: np.ndarray) -> str:
     return hashlib.sha256(before.encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
-def split(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int) -> list[list[np.ndarray]]:
+def split(
+    rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int, widths: Widths = MULTIPLES
+) -> list[list[np.ndarray]]:
     """Micro-batches of a global batch for each rank.
 
     Rows go longest first to the rank with the least padded tokens, then each share is cut into micro-batches
     of at most `tokens` padded tokens. An empty share is []: its rank runs a micro-batch without weight.
     """
     order = _longest_first(rows, lengths)
-    weights = [sum(map(padded, parts)) for parts in _parts(lengths[order]).tolist()]
+    weights = [widths.total(parts) for parts in _parts(lengths[order]).tolist()]
     shares = _least_loaded(order, weights, world_size)
-    return [cut(np.array(share, dtype=np.int64), lengths, tokens=tokens) for share in shares]
+    return [cut(np.array(share, dtype=np.int64), lengths, tokens=tokens, widths=widths) for share in shares]
 
 
 def deal(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int) -> list[list[np.ndarray]]:
@@ -89,23 +146,27 @@ def deal(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, tokens: int)
     return _least_loaded(micro_batches, [padded_tokens([m], lengths) for m in micro_batches], world_size)
 
 
-def cut(rows: np.ndarray, lengths: np.ndarray, *, tokens: int) -> list[np.ndarray]:
+def cut(
+    rows: np.ndarray, lengths: np.ndarray, *, tokens: int, widths: Widths = MULTIPLES
+) -> list[np.ndarray]:
     """Rows, longest first -> micro-batches of at most `tokens` padded tokens (one alone may be longer)."""
     micro_batches: list[np.ndarray] = []
     start, widest = 0, [0]
     for i, parts in enumerate(_parts(lengths[rows]).tolist()):
         wider = parts if i == start else [max(pair) for pair in zip(parts, widest, strict=True)]
-        if i > start and sum(map(padded, wider)) * (i + 1 - start) > tokens:
+        if i > start and widths.total(wider) * (i + 1 - start) > tokens:
             micro_batches.append(rows[start:i])
             start, wider = i, parts
         widest = wider
     return [*micro_batches, rows[start:]] if len(rows) else []
 
 
-def padded_tokens(micro_batches: Iterable[np.ndarray], lengths: np.ndarray) -> int:
+def padded_tokens(
+    micro_batches: Iterable[np.ndarray], lengths: np.ndarray, widths: Widths = MULTIPLES
+) -> int:
     """Tokens that go through the model, padding included."""
-    widest = [(len(rows), _parts(lengths[rows]).max(axis=0).tolist()) for rows in micro_batches]
-    return sum(sum(map(padded, parts)) * count for count, parts in widest)
+    longest = [(len(rows), _parts(lengths[rows]).max(axis=0).tolist()) for rows in micro_batches]
+    return sum(widths.total(parts) * count for count, parts in longest)
 
 
 def total(lengths: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ FREE_ON_RESUME = {
     "run_dir", "tokens_per_device", "stop_at_step", "device", "tf32", "deterministic",
     "timeout_s", "start_timeout_s",
     "compare_every_steps", "model.activation_checkpointing",
-    "model.compile", "data.train", "data.dev", "data.cache_dir", "data.processes", "data.workers",
+    "model.compile", "data.num_widths", "data.train", "data.dev", "data.cache_dir", "data.processes",
+    "data.workers",
     "evaluation", "checkpoint", "log", "text.stride", "text.max_new_tokens", "text.num_beams",
     "text.generate",
 }  # fmt: skip
@@ -32,7 +33,7 @@ POSITIVE = (
     " text.max_target_length text.max_new_tokens text.num_beams"
 ).split()
 NOT_NEGATIVE = (
-    "seed stop_at_step compare_every_steps data.bucket"
+    "seed stop_at_step compare_every_steps data.bucket data.num_widths"
     " data.workers optim.warmup optim.weight_decay optim.max_grad_norm"
     " optim.max_nonfinite_steps evaluation.every_steps evaluation.num_best evaluation.early_stopping"
     " checkpoint.every_steps text.stride text.generate"

@@ -25,7 +25,9 @@ class ModelConfig:
     activation_checkpointing: bool = option(
         False, "recompute activations in backward: less memory, a third slower"
     )
-    compile: bool = option(False, "torch.compile")
+    compile: bool = option(
+        False, "torch.compile: minutes at the first start, then faster on a GPU (see data.num_widths)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,12 @@ class DataConfig:
     max_length: int = option(384, "tokens of a window, question included")
     stride: int = option(128, "tokens that neighbouring windows share")
     bucket: int = option(50, "sort by length inside windows of bucket x batch_size rows; 0: no sorting")
-    cache_dir: str | None = option(None, "tokenised data; default $PLAINLOOP_CACHE or ~/.cache/plainloop")
+    num_widths: int = option(
+        0, "pad to this many lengths at most, those that pad least, for model.compile; 0: to a multiple of 8"
+    )
+    cache_dir: str | None = option(
+        None, "tokenised data and compiled code; default $PLAINLOOP_CACHE or ~/.cache/plainloop"
+    )
     processes: int | None = option(None, "for tokenising; default: the cores this process may use")
     workers: int = option(0, "loader processes of each rank; slicing is cheap, so 0 is often best")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from plainloop.data.store import cache_folder
 from plainloop.data.types import InputError
 from plainloop.trainer.distributed import World, all_ranks
 from plainloop.trainer.precision import cpu_features
@@ -75,6 +76,11 @@ def _gpu_digest(device: torch.device) -> int:
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", device.index)
     text = f"{socket.gethostname()} {uuid} {os.environ.get('CUDA_VISIBLE_DEVICES')} {device.index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def keep_compiled_code(cache_dir: str | None) -> None:
+    """Have torch.compile keep its code beside the tokenised data, for the next start, on whatever node."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(cache_dir) / "compiled"))
 
 
 def device_name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from plainloop.trainer.config import TrainConfig
 from plainloop.trainer.device import what_affects_rounding
 from plainloop.trainer.distributed import World, broadcast_json
 from plainloop.trainer.log import Log
-from plainloop.trainer.options import to_yaml
+from plainloop.trainer.options import flatten, to_yaml
 
 
 def find_checkpoint(run_dir: Path, world: World, log: Log) -> Checkpoint | None:
@@ -83,20 +83,14 @@ def guarantee(found: Checkpoint, config: TrainConfig, identity: dict[str, Any]) 
     changed = [
         f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before.get(name, now[name])
     ]
-    changed += [
-        f"model.{n}"
-        for n in ("compile", "activation_checkpointing")
-        if _option(found, n) != getattr(config.model, n)
-    ]
+    old, new = (flatten(c) for c in (found.state["config"], asdict(config)))
+    options = ("model.compile", "model.activation_checkpointing", "data.num_widths")
+    changed += [name for name in options if old.get(name, new[name]) != new[name]]
     if changed:
         return f"the same data and schedule, other rounding: {'; '.join(changed)}"
     if now["threads"] is None and not now["deterministic"]:
         return "the same data and schedule; --deterministic would give the same bits on a GPU too"
     return "the same bits as a run that never stopped"
-
-
-def _option(found: Checkpoint, name: str) -> Any:
-    return found.state["config"]["model"].get(name)
 
 
 def _changes(

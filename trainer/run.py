@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plainloop.data.loader import Steps, step_batches
 from plainloop.data.types import InputError
+from plainloop.models.compiled import compiled
 from plainloop.models.load import overflows_in_fp16
 from plainloop.trainer import checkpoint as checkpoints
 from plainloop.trainer.checks import check_train_config
 from plainloop.trainer.config import TrainConfig
 from plainloop.trainer.deadline import Deadline, clock
-from plainloop.trainer.device import peak_memory_gb, set_up_device
+from plainloop.trainer.device import keep_compiled_code, peak_memory_gb, set_up_device
 from plainloop.trainer.distributed import World, process_group, world_from_env
 from plainloop.trainer.errors import NUMERICAL
 from plainloop.trainer.hooks import Evaluate, LogLine, NonFinite, Stop, Stopwatch
@@ -95,7 +96,8 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         place.at("loading the model", 0)
         model = task.load_model(str(found.path) if found else config.model.path, new_head=found is None)
         model.to(world.device).train()
-        wrapped = wrap(model, world, compile_it=config.model.compile)
+        keep_compiled_code(config.data.cache_dir)
+        wrapped = wrap(model, world, compile_it=config.model.compile, num_shapes=steps.widths.num_shapes)
         scaler = make_scaler(config.precision, world.device)
         state = TrainState(model, wrapped, make_optimizer(model, config.optim), scaler, world.device, place)
         if found:
@@ -192,9 +194,9 @@ def warm_up_and_estimate(
     )
 
 
-def wrap(model: nn.Module, world: World, *, compile_it: bool) -> nn.Module:
+def wrap(model: nn.Module, world: World, *, compile_it: bool, num_shapes: int = 0) -> nn.Module:
     """Compiled if asked for; DDP only when there is somebody to average with."""
-    wrapped = cast(nn.Module, torch.compile(model, dynamic=True)) if compile_it else model
+    wrapped = compiled(model, num_shapes) if compile_it else model
     if world.size == 1:
         return wrapped
     ids = [world.device.index] if world.device.type == "cuda" else None

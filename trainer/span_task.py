@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plainloop.data import features, squad, store, tokenise
 from plainloop.data.loader import SpanCollate, Steps
-from plainloop.data.samplers import Sampler, subset
+from plainloop.data.samplers import MULTIPLES, Sampler, Widths, few_widths, subset
 from plainloop.data.squad import read_squad
 from plainloop.data.store import Store
 from plainloop.data.types import Example, InputError
@@ -83,12 +83,15 @@ class SpanTask:
         """Every window counts one."""
         sampler = Sampler(windows.lengths, batch_size, seed, self.data.bucket)
         ones = np.ones(len(windows), dtype=np.int64)
-        collate, world = self.collate(windows), self.world
+        widths = MULTIPLES
+        if self.data.num_widths:
+            widths = few_widths(windows.lengths, [self.data.num_widths], self.data.max_length)
+        collate, world = self.collate(windows, widths), self.world
         return Steps(sampler, collate, ones, world_size=world.size, rank=world.rank, tokens=tokens)
 
-    def collate(self, windows: Store) -> SpanCollate:
+    def collate(self, windows: Store, widths: Widths = MULTIPLES) -> SpanCollate:
         segments = "token_type_ids" in self.tokenizer.model_input_names
-        return SpanCollate(windows, self.tokenizer.pad_token_id, self.data.max_length, segments)
+        return SpanCollate(windows, self.tokenizer.pad_token_id, self.data.max_length, segments, widths)
 
     def evaluate(
         self,

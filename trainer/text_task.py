@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from plainloop.data import causalqa, pairs, squad, store, tokenise
 from plainloop.data.causalqa import TextOptions, data_files, is_squad, read_text, row_of_each_target
 from plainloop.data.loader import Steps, TextCollate
-from plainloop.data.samplers import Sampler, subset
+from plainloop.data.samplers import MULTIPLES, Sampler, Widths, few_widths, subset
 from plainloop.data.store import Store
 from plainloop.data.types import Answer, Example, InputError, TextExample
 from plainloop.models.cpu import speed_up_dropout
@@ -137,12 +137,15 @@ class TextTask:
         """Every target token counts one."""
         count = np.asarray(rows.arrays["target_length"]).astype(np.int64)
         sampler = Sampler(np.stack([rows.lengths, count], axis=1), batch_size, seed, self.data.bucket)
-        collate, world = self.collate(rows), self.world
+        widths = MULTIPLES
+        if self.data.num_widths:  # targets are short: two widths for them
+            widths = few_widths(sampler.lengths, [self.data.num_widths, 2], source_limit(self.config))
+        collate, world = self.collate(rows, widths), self.world
         return Steps(sampler, collate, count, world_size=world.size, rank=world.rank, tokens=tokens)
 
-    def collate(self, rows: Store) -> TextCollate:
+    def collate(self, rows: Store, widths: Widths = MULTIPLES) -> TextCollate:
         limit = source_limit(self.config)
-        return TextCollate(rows, self.tokenizer.pad_token_id, self.start_token, limit)
+        return TextCollate(rows, self.tokenizer.pad_token_id, self.start_token, limit, widths)
 
     def report(self, part: str, rows: Store, precision: str) -> list[str]:
         meta, source, target = rows.meta, rows.lengths, rows.arrays["target_length"]

@@ -1,7 +1,10 @@
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 
-from plainloop.data.samplers import Sampler, cut, deal, padded, padded_tokens, split
+from plainloop.data.samplers import Sampler, cut, deal, few_widths, padded, padded_tokens, split
 
 LENGTHS = np.random.default_rng(0).integers(5, 120, size=103)
 
@@ -67,3 +70,32 @@ def test_deal_makes_the_same_micro_batches_for_any_number_of_ranks() -> None:
 def test_padded() -> None:
     assert [padded(n) for n in (1, 8, 9)] == [8, 8, 16]
     assert padded(381, limit=383) == 383 and padded(380, limit=384) == 384
+
+
+def test_few_widths_pad_least() -> None:
+    """Against every choice of so many candidates."""
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(1, 100, size=40)
+        candidates = sorted({padded(int(n), 99) for n in lengths})
+        for count in (1, 2, 3):
+            (found,) = few_widths(lengths, [count], 99).of_part
+            assert len(found) <= count and found[-1] == candidates[-1] and set(found) <= set(candidates)
+
+            def cost(widths: tuple[int, ...], lengths: Any = lengths) -> int:
+                return sum(min(w for w in widths if w >= n) for n in lengths)
+
+            choices = itertools.combinations(candidates, min(count, len(candidates)))
+            assert cost(found) == min(cost(c) for c in choices if c[-1] == candidates[-1])
+
+
+def test_micro_batches_are_padded_to_the_widths() -> None:
+    widths = few_widths(LENGTHS, [3], 384)
+    rows = np.arange(len(LENGTHS))[:40]
+    for share in split(rows, LENGTHS, world_size=2, tokens=1024, widths=widths):
+        for micro_batch in share:
+            width = widths.pad(int(LENGTHS[micro_batch].max()), 0)
+            assert width in widths.of_part[0]
+            assert width * len(micro_batch) <= 1024 or len(micro_batch) == 1
+            assert padded_tokens([micro_batch], LENGTHS, widths) == width * len(micro_batch)
+    two = few_widths(np.stack([LENGTHS, LENGTHS % 7 + 1], axis=1), [3, 2], 2**31)
+    assert two.num_shapes == len(two.of_part[0]) * len(two.of_part[1]) <= 6
