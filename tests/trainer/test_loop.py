@@ -247,18 +247,6 @@ def test_autocast_contexts() -> None:
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_the_step_never_waits_for_the_gpu_and_resume_is_exact(
-    precision: str, options: dict[str, Any], train: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
-) -> None:
-    train(device="cuda", precision=precision, max_steps=8)
-    train(device="cuda", precision=precision, max_steps=8, run_dir=tmp_path / "stopped", stop_at_step=3)
-    train(device="cuda", precision=precision, max_steps=8, run_dir=tmp_path / "stopped")
-    assert_same_bits(tensors(tmp_path / "stopped", 8), tensors(options["run_dir"], 8))
-
-
 @pytest.mark.parametrize("task", ["span", "text"])
 def test_the_hot_path_never_asks_the_device_for_a_number(task: str, tiny_model: Path, tiny_t5: Path) -> None:
     """Every read of a tensor's value (item, bool, a data-dependent shape) shows as one of these operators."""

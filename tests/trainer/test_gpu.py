@@ -1,0 +1,136 @@
+"""For a machine with a GPU: tests/run.sh -m gpu. With two of them, two ranks over NCCL too."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plainloop.trainer import loop
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+STILL = {"model.dropout": 0.0, "max_steps": 8}
+
+
+@pytest.fixture(params=["span", "text"])
+def given(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The options of a run on the GPU, of either task."""
+    name = "options" if request.param == "span" else "text_options"
+    options: dict[str, Any] = request.getfixturevalue(name) | {"device": "cuda"}
+    return options
+
+
+@pytest.fixture
+def run(given: dict[str, Any]) -> Any:
+    def train(**changes: Any) -> Any:
+        from plainloop.trainer.config import TrainConfig
+        from plainloop.trainer.options import parse
+
+        options = given | changes
+        lines = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        from plainloop.trainer.run import train as run_train
+
+        return run_train(parse(TrainConfig, lines, program="test"))
+
+    return train
+
+
+def test_the_curve_is_that_of_the_cpu(given: Any, run: Any, metrics: Any, tmp_path: Path) -> None:
+    still = STILL | ({} if given.get("task") == "text" else {"model.attention_dropout": 0.0})
+    run(**still, tf32="false")
+    run(**still, device="cpu", run_dir=tmp_path / "cpu")
+    gpu, cpu = ([r["loss"] for r in metrics(d, "train")] for d in (given["run_dir"], tmp_path / "cpu"))
+    assert gpu == pytest.approx(cpu, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_deterministic_resume_gives_the_same_bits(
+    precision: str, given: Any, run: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+) -> None:
+    if given.get("task") == "text" and precision == "fp16":
+        pytest.skip("T5 overflows in fp16")
+    same = {"precision": precision, "deterministic": "true", "max_steps": 8}
+    run(**same)
+    run(**same, run_dir=tmp_path / "stopped", stop_at_step=3)
+    run(**same, run_dir=tmp_path / "stopped")
+    assert_same_bits(tensors(tmp_path / "stopped", 8), tensors(given["run_dir"], 8))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_step_never_waits_for_the_gpu(optimizer: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step, steps = loop.train_step, []
+
+    def strict(*arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_step(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        steps.append(1)
+
+    monkeypatch.setattr(loop, "train_step", strict)
+    run(max_steps=4, **{"optim.name": optimizer})
+    assert len(steps) == 4
+
+
+def test_memory_stays_below_what_the_warm_up_reached(given: Any, run: Any, metrics: Any) -> None:
+    run(precision="auto")
+    (warm_up,) = metrics(given["run_dir"], "warm_up")
+    assert metrics(given["run_dir"], "train")[-1]["memory_gb"] <= 1.05 * warm_up["memory_gb"]
+
+
+@pytest.mark.slow
+def test_compiled(given: Any, run: Any, metrics: Any, tmp_path: Path) -> None:
+    still = STILL | ({} if given.get("task") == "text" else {"model.attention_dropout": 0.0})
+    run(**still, tf32="false")
+    more = {"model.compile": "true", "data.num_widths": 2, "run_dir": tmp_path / "compiled"}
+    run(**still, tf32="false", **more)
+    losses = [[r["loss"] for r in metrics(d, "train")] for d in (given["run_dir"], tmp_path / "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@two_gpus
+def test_two_ranks_give_the_curve_of_one(
+    given: Any, run: Any, launch: Any, metrics: Any, tmp_path: Path
+) -> None:
+    still = STILL | ({} if given.get("task") == "text" else {"model.attention_dropout": 0.0})
+    run(**still, tf32="false")
+    launch(2, "train", given | still | {"tf32": "false", "run_dir": tmp_path / "two"})
+    losses = [[r["loss"] for r in metrics(d, "train")] for d in (given["run_dir"], tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@two_gpus
+def test_two_ranks_stopped_and_killed_go_on_to_the_same_bits(
+    given: Any, launch: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+) -> None:
+    same = given | {"deterministic": "true", "max_steps": 8, "checkpoint.every_steps": 2}
+    launch(2, "train", same)
+    halves = same | {"run_dir": tmp_path / "halves"}
+    launch(2, "train", halves | {"stop_at_step": 3}, expect=None)
+    newest = max((tmp_path / "halves/checkpoints").glob("step-*"))
+    (newest / "optimizer.safetensors").write_bytes(b"")  # as after a kill: the one before it is taken
+    launch(2, "train", halves)
+    assert_same_bits(tensors(tmp_path / "halves", 8), tensors(given["run_dir"], 8))
+
+
+def test_the_demo_ends_at_a_signal(tmp_path: Path) -> None:
+    """Its ranks are on the GPU here."""
+    import subprocess
+    import sys
+    import time
+
+    line = [sys.executable, "-m", "plainloop.trainer", "demo", "--task", "text", "--processes", "1"]
+    demo = subprocess.Popen([*line, "--run_dir", str(tmp_path / "run")])
+    until = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert time.monotonic() < until and demo.poll() is None
+        time.sleep(0.05)
+    os.kill(demo.pid, signal.SIGTERM)
+    assert demo.wait(60) in (0, 75)  # 0: it was done first
