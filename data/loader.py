@@ -134,16 +134,23 @@ class Steps(Dataset[StepBatch]):
         )
 
     def largest(self) -> list[MicroBatch]:
-        """The micro-batches that need the most memory: that of the longest rows, and, if it is another, that
-        of the most padded tokens.
+        """The micro-batches that need the most memory: of the longest rows; of the most padded tokens; and of
+        the most target tokens, each of which has logits. Each only if it is another one.
         """
-        lengths = self.sampler.lengths
+        lengths, size = self.sampler.lengths, self.sampler.batch_size
         order = np.argsort(-total(lengths), kind="stable")
         starts = np.flatnonzero(np.diff(total(lengths)[order], prepend=-1))
-        found = [cut(order[i : i + self.sampler.batch_size], lengths, tokens=self.tokens)[0] for i in starts]
-        fullest = max(found, key=lambda rows: padded_tokens([rows], lengths))
-        same = padded_tokens([fullest], lengths) == padded_tokens(found[:1], lengths)
-        return [self.collate(rows) for rows in (found[:1] if same else [found[0], fullest])]
+        found = [self._cut(order[i : i + size])[0] for i in starts]
+        chosen = [found[0], max(found, key=lambda rows: padded_tokens([rows], lengths, self.widths))]
+        if lengths.ndim == 2:
+            rows = order[np.argsort(-lengths[order, 1], kind="stable")[:size]]
+            rows = rows[np.argsort(-total(lengths[rows]), kind="stable")]
+            chosen.append(max(self._cut(rows), key=lambda part: int(lengths[part, 1].sum())))
+        distinct = {rows.tobytes(): rows for rows in chosen}
+        return [self.collate(rows) for rows in distinct.values()]
+
+    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+        return cut(rows, self.sampler.lengths, tokens=self.tokens, widths=self.widths)
 
     def _split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         return split(

@@ -49,7 +49,10 @@ def biased_mask(
     mask: Tensor = create_position_bias_mask(
         position_bias.to(query.dtype), attention_mask, causal, query, key
     )
-    if not torch.compiler.is_compiling():  # the compiler joins equal computations by itself
+    # The compiler joins equal computations by itself. And a bias that is a leaf with a gradient, as of T5's
+    # cross-attention when activations are recomputed, would hold its own graph: a circle that nothing breaks.
+    leaf = position_bias.is_leaf and position_bias.requires_grad
+    if not leaf and not torch.compiler.is_compiling():
         position_bias._plainloop_mask = (attention_mask, mask)  # type: ignore[attr-defined]
     return mask
 

@@ -41,8 +41,7 @@ class StopTime:
         return (
             f"WARNING: a stop takes up to {self.total:.0f} s ({self}), and after a signal there are"
             f" {grace_s:.0f} s: the steps since the last checkpoint may be lost. Ask for an earlier signal"
-            " (sbatch --signal, torchrun --shutdown-timeout), and set --checkpoint.grace_s to the time that"
-            " gives."
+            " (sbatch --signal), and set --checkpoint.grace_s to the time that gives."
         )
 
 

@@ -64,7 +64,7 @@ def _demo(config: DemoConfig, run_dir: Path, noted: list[int]) -> int:
             flush=True,
         )
         code, stopped = run_and_pass_on(command, noted)
-    if stopped:
+    if stopped and code:
         print(f"stopped by {signal.Signals(stopped[0]).name}; the same command starts a new demo", flush=True)
         return STOPPED
     if code == 0:
@@ -104,7 +104,8 @@ def _not_writable(run_dir: Path, error: OSError) -> str:
 def signals_noted() -> Iterator[list[int]]:
     """From here on these signals end nothing by themselves; they are collected."""
     noted: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in PASSED_ON}
+    wanted = [n for n in PASSED_ON if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in wanted}
     try:
         yield noted
     finally:
@@ -124,7 +125,7 @@ def run_and_pass_on(command: list[str], noted: list[int]) -> tuple[int, list[int
     handed_on: list[int] = []
     while True:
         for number in noted[len(handed_on) :]:
-            agent.send_signal(number)
+            agent.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # for which ranks stop
             handed_on.append(number)
         try:
             return agent.wait(timeout=0.2), handed_on

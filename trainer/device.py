@@ -14,7 +14,7 @@ import torch
 from plainloop.data.store import cache_folder
 from plainloop.data.types import InputError
 from plainloop.trainer.distributed import World, all_ranks
-from plainloop.trainer.precision import cpu_features
+from plainloop.trainer.precision import cpu_capabilities, cpu_features
 
 
 def set_up_device(world: World, *, tf32: bool, deterministic: bool) -> None:
@@ -26,8 +26,9 @@ def set_up_device(world: World, *, tf32: bool, deterministic: bool) -> None:
     """
     # oneDNN keeps 1,024 compiled products, and each shape needs its own. Read at the first product.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # What `deterministic` needs; torch looks once a process, and a later run in it may ask for that.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs
     torch.use_deterministic_algorithms(deterministic)
     if world.device.type != "cuda":
@@ -78,9 +79,16 @@ def _gpu_digest(device: torch.device) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def keep_compiled_code(cache_dir: str | None) -> None:
-    """Have torch.compile keep its code beside the tokenised data, for the next start, on whatever node."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(cache_dir) / "compiled"))
+def keep_compiled_code(cache_dir: str | None, device: torch.device) -> None:
+    """Have torch.compile keep its code beside the tokenised data, for the next start, on whatever node.
+
+    Code for a CPU is of this kind of CPU alone, which torch's own keys do not tell.
+    """
+    name = "compiled"
+    if device.type == "cpu":
+        features = f"{device_name(device)} {sorted(cpu_capabilities())}"
+        name += f"-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(cache_dir) / name))
 
 
 def device_name(device: torch.device) -> str:

@@ -201,8 +201,9 @@ class SharedFlag:
 
     The reduction runs beside a fast step, so that the hot path never waits for it, and its answer is one
     boundary old. When any rank took longer than SLOW_S since it was last asked, all of them wait for the
-    answer, which then is of this boundary: one slow step more could cost the grace time of a stop. All ranks
-    get the same answer at the same boundary, whichever of them was signalled and when.
+    answer, which then is of this boundary: one slow step more could cost the grace time of a stop. (The first
+    slow step after fast ones is still told one boundary late.) All ranks get the same answer at the same
+    boundary, whichever of them was signalled and when.
     """
 
     SLOW_S = 0.5

@@ -64,11 +64,12 @@ class Stop:
 
     def __init__(self, request: StopRequest, at_step: int | None, stop_time: StopTime) -> None:
         self.request, self.at_step, self.stop_time = request, at_step, stop_time
-        self.flag = SharedFlag()
+        self.flag, self.flag_within = SharedFlag(), SharedFlag()  # between steps, and within an evaluation
         self._asked: float | None = None  # when, in the evaluation under way
 
     def __call__(self, progress: Progress) -> None:
         state, self._asked = progress.state, None
+        self.flag_within.settle()
         if state.step == progress.total_steps:
             self.flag.settle()
         elif self.flag.exchange(self.request.pending()):
@@ -84,7 +85,7 @@ class Stop:
         if self._asked is not None:
             self.stop_time.batch_s = max(self.stop_time.batch_s, now - self._asked)
         self._asked = now
-        return self.flag.exchange(self.request.pending())
+        return self.flag_within.exchange(self.request.pending())
 
 
 class NonFinite:

@@ -68,7 +68,7 @@ class Adafactor(torch.optim.Optimizer):
                 mean = gradient.norm(dim=dim, keepdim=True).square_().div_(gradient.shape[dim])
                 state[name].lerp_(mean, forget)
             rows = state["row_var"]
-            variance = (rows @ state["col_var"]).div_(rows.mean(dim=-2, keepdim=True).clamp_(min=tiny**0.5))
+            variance = (rows * state["col_var"]).div_(rows.mean(dim=-2, keepdim=True).clamp_(min=tiny**0.5))
         else:
             variance = state["variance"].lerp_(gradient.square(), forget).clone()
         update = variance.clamp_(min=tiny).rsqrt_().mul_(gradient)

@@ -26,12 +26,17 @@ def cpu_features() -> list[str]:
     limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
     if limit in WITHOUT_BF16:
         return []
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
-    else:  # torch before 2.13
-        cpuinfo = Path("/proc/cpuinfo")
-        found = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    found = cpu_capabilities()
     return [FEATURES[f] for f in FEATURES if f in found and not (f == "amx_bf16" and limit in WITHOUT_AMX)]
+
+
+def cpu_capabilities() -> set[str]:
+    """Names of this CPU's instruction sets."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    cpuinfo = Path("/proc/cpuinfo")  # torch before 2.13
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def choose_precision(device: torch.device, *, overflows_in_fp16: bool) -> tuple[str, str]:

@@ -96,7 +96,7 @@ def train(config: TrainConfig, *, last: bool = False) -> Verdict:
         place.at("loading the model", 0)
         model = task.load_model(str(found.path) if found else config.model.path, new_head=found is None)
         model.to(world.device).train()
-        keep_compiled_code(config.data.cache_dir)
+        keep_compiled_code(config.data.cache_dir, world.device)
         wrapped = wrap(model, world, compile_it=config.model.compile, num_shapes=steps.widths.num_shapes)
         scaler = make_scaler(config.precision, world.device)
         state = TrainState(model, wrapped, make_optimizer(model, config.optim), scaler, world.device, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import os
 import time
@@ -74,6 +75,9 @@ class HostCopy:
         if device.type == "cuda":  # where locking fails, as at a limit of `ulimit -l`, copies are slower
             code = torch.cuda.cudart().cudaHostRegister(self._block.ctypes.data, size, 0)
             self._pinned = int(code) == 0
+            if not self._pinned:  # CUDA would raise this error at the next operation
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=device)
 
     def _view(self, start: int, tensor: torch.Tensor) -> torch.Tensor:
         """A part of the block as a tensor with a storage of its own, so that nothing takes two for shared."""

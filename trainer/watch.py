@@ -146,7 +146,7 @@ class Watch:
         dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
         if dump is not None:
             with (
-                contextlib.suppress(OSError),
+                contextlib.suppress(Exception),  # private names; the end must come
                 open(self._stacks.with_suffix(".json"), "wb", opener=no_follow) as stream,
             ):
                 stream.write(dump())

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from plainloop.data.loader import SpanCollate, Steps, step_batches
-from plainloop.data.samplers import Sampler
+from plainloop.data.samplers import MULTIPLES, Sampler, few_widths
 from plainloop.data.store import Store, build
 from plainloop.data.types import IGNORE_INDEX
 
@@ -52,3 +52,20 @@ def test_batches_start_at_any_step_and_workers_change_nothing(tmp_path: Path) ->
         for step, batch in enumerate(batches, start=3):
             for got, expected in zip(batch.micro_batches, source[step].micro_batches, strict=True):
                 assert torch.equal(got.inputs["input_ids"], expected.inputs["input_ids"])
+
+
+def test_the_largest_micro_batches_keep_to_the_budget_and_the_widths(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).integers(5, 120, size=200).astype(np.int32)
+    arrays = {
+        "input_ids": np.ones(int(lengths.sum()), dtype=np.int32), "length": lengths,
+        "segment": lengths, "label": np.zeros((200, 2), dtype=np.int32),
+    }  # fmt: skip
+    rows = build(tmp_path / "many", lambda: (arrays, {}))
+    for widths in (MULTIPLES, few_widths(lengths, [3], 128)):
+        collate = SpanCollate(rows, pad_token_id=0, max_length=128, segments=False, widths=widths)
+        given = {"world_size": 1, "rank": 0, "tokens": 600}
+        steps = Steps(Sampler(lengths, 16, 0), collate, np.ones(200, dtype=np.int64), **given)
+        sizes = [m.inputs["input_ids"].numel() for m in steps.largest()]
+        seen = [m.inputs["input_ids"].numel() for i in range(13) for m in steps[i].micro_batches]
+        assert max(seen) <= max(sizes) <= 600
+        assert steps.largest()[0].inputs["input_ids"].shape[1] == widths.pad(int(lengths.max()), 0, 128)

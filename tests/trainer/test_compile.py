@@ -68,7 +68,11 @@ def test_a_graph_for_each_width_whatever_the_number_of_rows() -> None:
 
 def test_compiled_code_is_kept_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    keep_compiled_code(str(tmp_path))
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
-    keep_compiled_code("elsewhere")  # the user's, or the first run's of this process
+    keep_compiled_code(str(tmp_path), torch.device("cpu"))
+    first = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    assert first.startswith(str(tmp_path / "compiled-"))
+    keep_compiled_code("elsewhere", torch.device("cpu"))  # the user's, or the first run's of this process
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == first
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled_code(str(tmp_path), torch.device("cuda", 0))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
