@@ -1,1 +1,1 @@
-"""What goes in: readers -> features -> store -> samplers -> batches, and answers back out."""
+"""Data pipeline: readers -> features -> store -> samplers -> batches, and decoding of answers."""

@@ -1,4 +1,4 @@
-"""Rows -> padded tensors, and a DataLoader over the steps of a run that starts at any step in O(1)."""
+"""Collate rows into padded tensors; iterate over the steps of a run, starting at any step in O(1)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from plainloop.data.processes import end_with_parent
-from plainloop.data.samplers import MULTIPLES, Sampler, Widths, cut, padded_tokens, split, total
+from plainloop.data.samplers import (
+    MULTIPLES,
+    Sampler,
+    Widths,
+    padded_tokens,
+    shard_step,
+    to_micro_batches,
+    total_lengths,
+)
 from plainloop.data.store import Store
 from plainloop.data.types import IGNORE_INDEX, MicroBatch, StepBatch
 
 
 class Collate(Protocol):
-    """Rows -> MicroBatch, padded to `widths`."""
+    """Rows -> MicroBatch, padded to `widths` but to no more than `max_length`. A frozen dataclass."""
+
+    @property
+    def max_length(self) -> int: ...
 
     @property
     def widths(self) -> Widths: ...
@@ -29,16 +40,18 @@ class Collate(Protocol):
 
 
 @dataclass(frozen=True)
-class SpanCollate:
-    """Windows -> MicroBatch: input_ids, attention_mask[, token_type_ids] (B, L); labels start, end (B,).
+class EncoderCollate:
+    """Rows for an encoder -> MicroBatch: input_ids, attention_mask[, token_type_ids] (B, L); labels (B,).
 
-    max_length bounds the padding to a multiple of 8. segments: the model takes token_type_ids.
+    Padding to a multiple of 8 is capped at max_length. segments: the model takes token_type_ids, which are 1
+    from arrays["segment"] on. labels: names of the columns of arrays["label"].
     """
 
     store: Store
     pad_token_id: int
     max_length: int
     segments: bool
+    labels: tuple[str, ...] = ("start", "end")
     widths: Widths = MULTIPLES
 
     def __call__(self, rows: np.ndarray) -> MicroBatch:
@@ -51,16 +64,16 @@ class SpanCollate:
         label = self.store.arrays["label"][rows].astype(np.int64)
         return MicroBatch(
             {name: torch.from_numpy(array) for name, array in inputs.items()},
-            {"start": torch.from_numpy(label[:, 0].copy()), "end": torch.from_numpy(label[:, 1].copy())},
+            {name: torch.from_numpy(label[:, i].copy()) for i, name in enumerate(self.labels)},
         )
 
 
 @dataclass(frozen=True)
 class TextCollate:
-    """Text-to-text rows -> MicroBatch: input_ids, attention_mask (B, S), decoder_input_ids (B, T); the scored
-    positions (K,) in B * T, and their labels, target (K,): what is padding is not even projected.
+    """Text-to-text rows -> MicroBatch: input_ids, attention_mask (B, S); decoder_input_ids (B, T); scored
+    (K,): non-padding positions in B * T; labels target (K,). Padding is never projected to the vocabulary.
 
-    The decoder sees the target shifted right behind the start token.
+    The decoder input is the start token, then the target without its last token.
     """
 
     store: Store
@@ -99,25 +112,25 @@ def _padded_inputs(
 
 
 class Steps(Dataset[StepBatch]):
-    """Item `step` is this rank's StepBatch of that optimizer step: a pure function, whoever asks."""
+    """Item `step` is this rank's StepBatch for that optimizer step: a pure function of the step."""
 
     def __init__(
         self,
         sampler: Sampler,
         collate: Collate,
-        row_count: np.ndarray,
+        num_targets: np.ndarray,
         *,
         world_size: int,
         rank: int,
-        tokens: int,
+        max_tokens: int,
     ) -> None:
-        """row_count: (N,) what each row adds to the count that the loss is divided by."""
+        """num_targets: (N,) what each row adds to the divisor of the summed loss."""
         self.sampler = sampler
         self.collate = collate
-        self.row_count = row_count
+        self.num_targets = num_targets
         self.world_size = world_size
         self.rank = rank
-        self.tokens = tokens
+        self.max_tokens = max_tokens
         self.widths = collate.widths
 
     def __getitem__(self, step: int) -> StepBatch:
@@ -126,7 +139,7 @@ class Steps(Dataset[StepBatch]):
         micro_batches = [self.collate(share) for share in shares[self.rank]] or [self._empty(rows)]
         return StepBatch(
             micro_batches,
-            divisor=int(self.row_count[rows].sum()),
+            num_targets=int(self.num_targets[rows].sum()),
             examples=len(rows),
             tokens=int(lengths[rows].sum()),
             padded_tokens=padded_tokens(itertools.chain(*shares), lengths, self.widths),
@@ -134,40 +147,44 @@ class Steps(Dataset[StepBatch]):
         )
 
     def largest(self) -> list[MicroBatch]:
-        """The micro-batches that need the most memory: of the longest rows; of the most padded tokens; and of
-        the most target tokens, each of which has logits. Each only if it is another one.
+        """The micro-batches that need the most memory: those with the longest rows, the most padded tokens,
+        and the most target tokens (each of which has logits), without duplicates.
         """
         lengths, size = self.sampler.lengths, self.sampler.batch_size
-        order = np.argsort(-total(lengths), kind="stable")
-        starts = np.flatnonzero(np.diff(total(lengths)[order], prepend=-1))
+        order = np.argsort(-total_lengths(lengths), kind="stable")
+        starts = np.flatnonzero(np.diff(total_lengths(lengths)[order], prepend=-1))
         found = [self._cut(order[i : i + size])[0] for i in starts]
         chosen = [found[0], max(found, key=lambda rows: padded_tokens([rows], lengths, self.widths))]
         if lengths.ndim == 2:
             rows = order[np.argsort(-lengths[order, 1], kind="stable")[:size]]
-            rows = rows[np.argsort(-total(lengths[rows]), kind="stable")]
+            rows = rows[np.argsort(-total_lengths(lengths[rows]), kind="stable")]
             chosen.append(max(self._cut(rows), key=lambda part: int(lengths[part, 1].sum())))
         distinct = {rows.tobytes(): rows for rows in chosen}
         return [self.collate(rows) for rows in distinct.values()]
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
-        return cut(rows, self.sampler.lengths, tokens=self.tokens, widths=self.widths)
+        return to_micro_batches(rows, self.sampler.lengths, max_tokens=self.max_tokens, widths=self.widths)
 
     def _split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
-        return split(
-            rows, self.sampler.lengths, world_size=self.world_size, tokens=self.tokens, widths=self.widths
+        return shard_step(
+            rows,
+            self.sampler.lengths,
+            world_size=self.world_size,
+            max_tokens=self.max_tokens,
+            widths=self.widths,
         )
 
     def describe(self) -> str:
-        """Steps of an epoch, the share of padding in what the first one computes, and the widths if few."""
+        """Steps per epoch, the share of padding in the first epoch, and the widths if there are few."""
         padding = 1 - int(self.sampler.lengths.sum()) / self._padded_tokens_of_epoch
-        text = f"{self.sampler.steps_per_epoch} steps an epoch, {padding:.1%} padding"
+        text = f"{self.sampler.steps_per_epoch} steps per epoch, {padding:.1%} padding"
         if not self.widths.of_part:
             return text
         sets = " x ".join(", ".join(map(str, widths)) for widths in self.widths.of_part)
         return f"{text}; padded to {self.widths.num_shapes} widths: {sets}"
 
     def passes(self, micro_batch: MicroBatch) -> float:
-        """How many passes of the size of this one a rank makes in a step, on average."""
+        """Average number of passes of this size that a rank runs per step."""
         tokens = sum(ids.numel() for name, ids in micro_batch.inputs.items() if name.endswith("input_ids"))
         return self._padded_tokens_of_epoch / self.sampler.steps_per_epoch / self.world_size / tokens
 
@@ -177,8 +194,8 @@ class Steps(Dataset[StepBatch]):
         return padded_tokens(itertools.chain.from_iterable(shares), self.sampler.lengths, self.widths)
 
     def _empty(self, rows: np.ndarray) -> MicroBatch:
-        """For a rank without a share: the shortest row with labels that count for nothing."""
-        shortest = rows[[np.argmin(total(self.sampler.lengths[rows]))]]
+        """A micro-batch for a rank without rows: the shortest row, with all labels ignored."""
+        shortest = rows[[np.argmin(total_lengths(self.sampler.lengths[rows]))]]
         inputs, labels = self.collate(shortest)
         return MicroBatch(
             inputs, {name: torch.full_like(label, IGNORE_INDEX) for name, label in labels.items()}
@@ -188,9 +205,9 @@ class Steps(Dataset[StepBatch]):
 def step_batches(
     steps: Steps, *, start: int, total: int, workers: int, pin: bool
 ) -> Generator[StepBatch, None, None]:
-    """This rank's batches of steps start ... total - 1. Workers only fetch ahead; they decide nothing.
+    """Yield this rank's batches for steps start ... total - 1. Workers only prefetch; they decide nothing.
 
-    Close it: they ignore the signal by which the interpreter would end them, and it would wait for them.
+    Close the generator: workers ignore the interpreter's termination signal, and it would wait for them.
     """
     loader = DataLoader(
         steps,
@@ -206,9 +223,9 @@ def step_batches(
     try:
         yield from iterator
     except (EOFError, ConnectionError, FileNotFoundError) as error:
-        if not workers or "Caught" in str(error):  # the reader's own, in a worker
+        if not workers or "Caught" in str(error):  # raised by the dataset in a worker
             raise
-        # A worker hands its tensors over through a connection, which ends with it.
+        # A worker passes its tensors through a connection, which breaks when the worker dies.
         raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {error!r}") from error
     finally:
         if workers:
@@ -216,13 +233,14 @@ def step_batches(
 
 
 def _as_it_is(batch: Any) -> Any:
-    """DataLoader would make tensors of arrays."""
+    """Return the batch unchanged; the DataLoader default converts arrays to tensors."""
     return batch
 
 
 def _serve_parent(_: int) -> None:
-    """torchrun signals the whole process group: a worker that died of it would end the run too soon. It
-    ends with its rank, however that ends.
+    """Ignore signals in a worker; it ends with its rank, however the rank ends.
+
+    torchrun signals the whole process group, and a worker that died from it would end the run too soon.
     """
     end_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

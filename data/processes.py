@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent: an orphan would keep training, and writing."""
+"""End child processes with their parent: an orphan would keep training and writing."""
 
 from __future__ import annotations
 

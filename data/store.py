@@ -1,6 +1,6 @@
-"""Features as flat memory-mapped arrays, cached on disk under the digest of everything that made them.
+"""Features as flat memory-mapped arrays, cached on disk under a digest of all their inputs.
 
-A store is a folder of .npy files. It appears by one rename, complete: whoever sees it may read it. A row is a
+A store is a folder of .npy files, published by an atomic rename: once visible, it is complete. A row is a
 slice of an array, so loader workers share pages and hold no Python objects.
 """
 
@@ -19,7 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from plainloop.data.types import InputError
+from plainloop.data.errors import InputError
+
+# Part of the key of every cached store, and so of a run's fingerprint. Raise it when the readers or
+# tokenisation change what they produce; tests/data/test_store.py notices if you forget.
+FEATURES_VERSION = 1
 
 
 class Store:
@@ -34,6 +38,18 @@ class Store:
         self._target_starts = (
             _starts(self.arrays["target_length"]) if "target_length" in self.arrays else None
         )
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """(N,) tokens of each row, or for text-to-text (N, 2): tokens of source and target."""
+        if "target_length" not in self.arrays:
+            return self.lengths
+        return np.stack([self.lengths, self.arrays["target_length"].astype(np.int64)], axis=1)
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """(N,) what each row adds to the divisor of the summed loss: 1, or its target tokens."""
+        return np.asarray(self.arrays.get("target_length", np.ones(len(self)))).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -56,7 +72,7 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def digest(*parts: Any) -> str:
-    """Hex digest of JSON-able parts; a Path stands for its content (a folder: for all of its files')."""
+    """Hex digest of JSON-serialisable parts; a Path stands for its content (a folder: all its files)."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -81,12 +97,12 @@ def _file_digest(stream: Any) -> bytes:
 
 
 def cache_folder(configured: str | None) -> Path:
-    """Where stores are kept: the option, else $PLAINLOOP_CACHE, else ~/.cache/plainloop."""
+    """The folder that holds the stores: the option, else $PLAINLOOP_CACHE, else ~/.cache/plainloop."""
     return Path(configured or os.environ.get("PLAINLOOP_CACHE") or Path.home() / ".cache" / "plainloop")
 
 
 def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]) -> Store:
-    """Open the store at `path`; when there is none yet, make it. Others may do the same at the same time."""
+    """Open the store at `path`, building it first if missing. Safe to call from several processes at once."""
     if not (path / "meta.json").exists():
         arrays, meta = make()
         try:
@@ -104,13 +120,13 @@ def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, 
             os.rename(temporary, path)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if not (path / "meta.json").exists():  # otherwise another process was faster: the same content
+            if not (path / "meta.json").exists():  # else another process finished first: same content
                 raise InputError(f"data.cache_dir {path.parent}: {error.strerror or error}.") from None
     return Store(path)
 
 
 def wait_for(path: Path, *, poll_s: float = 0.2, tell_s: float = 300) -> Store:
-    """Wait, outside any collective, until another process has built the store; say so now and then."""
+    """Wait, outside any collective, until another process has built the store; report every `tell_s`."""
     started = told = time.monotonic()
     while not (path / "meta.json").exists():
         time.sleep(poll_s)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from plainloop.data.processes import end_with_parent
 
-CHUNK = 256  # examples in one call of the tokenizer
+CHUNK = 256  # examples per tokenizer call
 MIN_EXAMPLES_FOR_PROCESSES = 2000  # below that, starting processes costs more than it saves
 
 Arrays = dict[str, np.ndarray]
@@ -22,7 +22,7 @@ _job: Job | None = None  # in a worker process: inherited by fork, so that nothi
 
 
 def tokenise(job: Job, examples: Sequence[Any], processes: int) -> Arrays:
-    """The job's arrays over all examples, in order."""
+    """Run the job over all examples and return its arrays, in order."""
     chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
     with tqdm(total=len(examples), desc="tokenise", unit="q", delay=2, mininterval=1) as bar:
         parts = []
@@ -39,7 +39,7 @@ def _fork(job: Job, chunks: Sequence[Sequence[Any]], processes: int) -> Iterator
     global _job
     _job = job
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process: the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process: processes run in parallel
     try:
         with multiprocessing.get_context("fork").Pool(processes, end_with_parent) as pool:
             yield from pool.imap(_run, chunks)
@@ -55,9 +55,9 @@ def _run(examples: Sequence[Any]) -> Arrays:
     assert _job is not None
     try:
         return _job(examples)
-    except BaseException as error:  # a Rust panic is no Exception: in a worker it would hang the pool
+    except BaseException as error:  # a Rust panic is not an Exception and would hang the pool
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise RuntimeError(
-            f"the tokenizer failed on a question from {examples[0].id!r} on: {error}"
+            f"the tokenizer failed in the chunk that starts with id {examples[0].id!r}: {error}"
         ) from None

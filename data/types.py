@@ -1,19 +1,15 @@
-"""The vocabulary of the package: what a reader yields, what a batch holds, what a user's error is."""
+"""Shared types: what readers yield, what batches contain, and the error class for user mistakes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # an error message should not cost the import of torch
+if TYPE_CHECKING:  # an error message should not require importing torch
     import numpy as np
     import torch
 
-IGNORE_INDEX = -100  # a label with this value counts for nothing, as in torch.nn.functional.cross_entropy
-
-
-class InputError(ValueError):
-    """A mistake of the user's: names the file, record or option and the remedy; ends with exit code 2."""
+IGNORE_INDEX = -100  # labels with this value are ignored, as in torch.nn.functional.cross_entropy
 
 
 class Answer(NamedTuple):
@@ -35,9 +31,9 @@ class Example:
 
 @dataclass(frozen=True)
 class TextExample:
-    """One row of a text-to-text task. The source is question + context; only the context may be cut.
+    """One row of a text-to-text task. The source is question + context; only the context may be truncated.
 
-    references: what a prediction is scored against (none: unanswerable). targets: what is learned.
+    references: what a prediction is scored against (none: unanswerable). targets: what to train on.
     """
 
     id: str
@@ -45,18 +41,19 @@ class TextExample:
     context: str
     references: tuple[str, ...]
     targets: tuple[str, ...]
+    is_squad: bool = False
 
     @property
     def target(self) -> str:
-        """The first of the targets: the only one in an evaluation."""
+        """The first target: the only one that evaluation uses."""
         return self.targets[0]
 
 
 class MicroBatch(NamedTuple):
-    """What one forward pass takes. B rows, L tokens (padded); a DataLoader can pin it as it is.
+    """The input of one forward pass: B rows, L tokens (padded). A DataLoader can pin it directly.
 
     inputs: keyword arguments of the model, int64, most of them (B, L).
-    labels: what the loss needs beside the logits, int64, IGNORE_INDEX where a label counts for nothing.
+    labels: what the loss needs besides the logits, int64, IGNORE_INDEX where a label is ignored.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -66,12 +63,12 @@ class MicroBatch(NamedTuple):
 class StepBatch(NamedTuple):
     """This rank's share of one optimizer step, and the size of the whole step over all ranks.
 
-    divisor: what the summed loss of all ranks is divided by (windows, or target tokens).
-    examples, tokens, padded_tokens: totals over all ranks, for the log. rows: of all ranks, in order.
+    num_targets: divides the loss summed over all ranks (number of windows, or of target tokens).
+    examples, tokens, padded_tokens: totals over all ranks, for the log. rows: those of all ranks, in order.
     """
 
     micro_batches: list[MicroBatch]
-    divisor: int
+    num_targets: int
     examples: int
     tokens: int
     padded_tokens: int

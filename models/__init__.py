@@ -1,1 +1,1 @@
-"""What is trained: modules that return logits, and losses that are sums."""
+"""Models that return logits, and loss functions that return sums."""

@@ -1,4 +1,4 @@
-"""torch.compile for batches of changing size."""
+"""torch.compile for batches of varying size."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 
 def compiled(model: nn.Module, num_shapes: int = 0) -> nn.Module:
-    """num_shapes 0: one graph with symbolic sizes. Else one for each padded width, of which there are so
-    many: kernels for fixed lengths, while the number of rows stays symbolic.
+    """Compile a model. num_shapes 0: one graph with symbolic sizes. Otherwise: one graph for each of
+    the `num_shapes` padded shapes, with kernels for fixed lengths; the number of rows stays symbolic.
     """
     if not num_shapes:
         return cast(nn.Module, torch.compile(model, dynamic=True))
-    # One row is a case of its own; and there is room for what else a caller may bring.
+    # Two graphs per shape, as a batch of one row is specialised; 8 more for other inputs of a caller.
     limit = max(torch._dynamo.config.recompile_limit, 2 * num_shapes + 8)
     torch._dynamo.config.recompile_limit = limit
     return ByWidth(model)
 
 
 class ByWidth(nn.Module):
-    """A compiled model that takes tensors whose first size alone is symbolic."""
+    """A compiled model in which only the first dimension of each input is symbolic."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A folder or hub name -> (model, tokenizer), and back. Errors say what to do without network."""
+"""Load models and tokenizers from a folder or hub name; save models. Errors say what to do offline."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from plainloop.data.types import InputError
+from plainloop.data.errors import InputError
 
-# Their feed-forward output passes 65,504, the largest fp16 number; under autocast nothing clamps it.
+# Their feed-forward output exceeds 65,504, the largest fp16 number; under autocast nothing clamps it.
 OVERFLOWS_IN_FP16 = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 
 
 def overflows_in_fp16(path: str) -> bool:
-    """Is the model in this folder, or of this hub name, one that fp16 is too small for? Raises InputError."""
+    """Return whether the model in this folder or of this hub name overflows in fp16. Raises InputError."""
     return load_config(path).model_type in OVERFLOWS_IN_FP16
 
 
 def load_tokenizer(path: str, *, fast: bool = True) -> Any:
-    """The tokenizer of a model folder or hub name. fast: one with offsets. Raises InputError without one."""
+    """Load the tokenizer of a model folder or hub name. fast: require offsets. Raises InputError."""
     from transformers import AutoTokenizer
 
     local = is_local(path)
@@ -30,13 +30,13 @@ def load_tokenizer(path: str, *, fast: bool = True) -> Any:
         raise InputError(_cannot_load("tokenizer", path, error)) from None
     if (fast and not tokenizer.is_fast) or not len(tokenizer):
         raise InputError(
-            f"model.path {path}: has no fast tokenizer, which offsets need; add a tokenizer.json to it."
+            f"model.path {path}: has no fast tokenizer, which is needed for offsets; add a tokenizer.json."
         )
     return tokenizer
 
 
 def load_config(path: str, **overrides: Any) -> Any:
-    """The transformers config of a folder or hub name, with overrides. Raises InputError."""
+    """Load the transformers config of a folder or hub name, with overrides. Raises InputError."""
     from transformers import AutoConfig
 
     local = is_local(path)
@@ -47,17 +47,17 @@ def load_config(path: str, **overrides: Any) -> Any:
     for key, value in overrides.items():
         if not hasattr(config, key):
             raise InputError(
-                f"model.path {path}: a {config.model_type} has no '{key}'; leave that option out."
+                f"model.path {path}: {config.model_type} models have no '{key}'; remove that option."
             )
         setattr(config, key, value)
     return config
 
 
-def load_network(auto_class: Any, path: str, *, head: str | None = None, **overrides: Any) -> Any:
-    """`auto_class.from_pretrained(path)` in fp32 with config overrides; quiet about a new head only.
+def load_network(auto_class: Any, path: str, *, head: str | tuple[str, ...] = (), **overrides: Any) -> Any:
+    """`auto_class.from_pretrained(path)` in fp32 with config overrides; only a head may be newly initialised.
 
-    head: prefix of the parameters that may be new. Raises InputError when the model can't be loaded, or when
-    other weights are missing: an encoder with random layers would train in silence.
+    head: prefix of the parameters that may be new. Raises InputError if the model can't be loaded, or if
+    other weights are missing: an encoder with random layers would silently train.
     """
     import torch
     from safetensors import SafetensorError
@@ -76,18 +76,19 @@ def load_network(auto_class: Any, path: str, *, head: str | None = None, **overr
             logging.set_verbosity(verbosity)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(_cannot_load("model", path, error)) from None
-    lost = sorted(key for key in info["missing_keys"] if not (head and key.startswith(head)))
+    lost = sorted(key for key in info["missing_keys"] if not key.startswith(head))
     if lost or info["mismatched_keys"]:
         names = ", ".join(lost[:3]) or str(sorted(info["mismatched_keys"])[0])
         raise InputError(
-            f"model.path {path}: weights are missing or of another shape ({names} ...); wrong folder?"
+            f"model.path {path}: weights are missing or have the wrong shape ({names} ...); wrong folder?"
         )
+    network.new_parameters = sorted(info["missing_keys"])
     return network
 
 
 def save_network(network: Any, folder: Path, weights: dict[str, Any]) -> None:
-    """What from_pretrained reads. weights: a state_dict of ours, or a copy of one, whose names begin with
-    `network.`.
+    """Save in the format of from_pretrained. weights: a state_dict of our model, or a copy of one, with names
+    that start with `network.`.
     """
     from transformers.utils import logging
 
@@ -99,16 +100,17 @@ def save_network(network: Any, folder: Path, weights: dict[str, Any]) -> None:
 
 
 def checkpoint_activations(network: Any) -> None:
-    """Recompute activations in backward. transformers 5.2x gave the method a new name."""
+    """Recompute activations in backward. transformers 5.2x renamed the method."""
     name = "activation_checkpointing_enable"
     enable = getattr(network, name, None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def is_local(path: str) -> bool:
-    """Is it a folder, or in the hub's cache? Then nothing asks the network, and runs agree.
+    """Return whether the model is a folder or in the hub's cache.
 
-    Else the hub must be reachable: InputError after 5 s, where the hub's own retries would take a minute.
+    If so, no network is used, and every run loads the same files. Otherwise the hub must be
+    reachable: InputError after 5 s (the hub's own retries would take a minute).
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -134,6 +136,6 @@ def _cannot_load(what: str, path: str, error: Exception) -> str:
     if folder.is_dir():
         return f"model.path {path}: no {what} can be loaded from this folder: {reason}"
     return (
-        f"model.path {path}: no such folder, and the {what} could not be had from the hub ({reason})."
-        f" Without network: download it elsewhere (hf download {path} --local-dir FOLDER), give that folder."
+        f"model.path {path}: no such folder, and the {what} could not be downloaded from the hub ({reason})."
+        f" Offline: download it elsewhere (hf download {path} --local-dir FOLDER) and pass that folder."
     )

@@ -1,8 +1,8 @@
-"""T5's attention without a mask of its own in each layer.
+"""T5 attention that builds its mask once per stack, not once per layer.
 
-T5 adds a learned bias to the attention's scores, the same in all layers of a stack. transformers (5.23) joins
-it with the padding mask anew in each layer, in fp32, (B, heads, L, S), and then casts it: at 2,048 tokens
-1.2 GB a layer. Here that happens once a stack.
+T5 adds a learned bias to the attention scores, shared by all layers of a stack. transformers (5.23) combines
+it with the padding mask again in each layer, in fp32, (B, heads, L, S), and then casts it: 1.2 GB per layer
+at 2,048 tokens. Here this is done once per stack.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def attention(
 def biased_mask(
     position_bias: Tensor, attention_mask: Tensor | None, query: Tensor, key: Tensor, module: nn.Module
 ) -> Tensor:
-    """Bias (1, heads, L, S) and mask (B, 1, 1 or L, S) as one summand of the scores, in the query's format.
+    """Combine bias (1, heads, L, S) and mask (B, 1, 1 or L, S) into one additive mask, in the query's dtype.
 
-    Kept at the bias, which a stack hands from layer to layer and then forgets.
+    Cached on the bias tensor, which a stack passes from layer to layer and then drops.
     """
     from transformers.integrations.sdpa_attention import create_position_bias_mask
 
@@ -49,8 +49,8 @@ def biased_mask(
     mask: Tensor = create_position_bias_mask(
         position_bias.to(query.dtype), attention_mask, causal, query, key
     )
-    # The compiler joins equal computations by itself. And a bias that is a leaf with a gradient, as of T5's
-    # cross-attention when activations are recomputed, would hold its own graph: a circle that nothing breaks.
+    # No cache when compiling: the compiler merges equal computations. None on a leaf with a gradient (T5's
+    # cross-attention when activations are recomputed): it would hold its own graph, a cycle never freed.
     leaf = position_bias.is_leaf and position_bias.requires_grad
     if not leaf and not torch.compiler.is_compiling():
         position_bias._plainloop_mask = (attention_mask, mask)  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def biased_mask(
 
 
 def share_position_bias(network: Any) -> None:
-    """Make a T5-like network with torch's attention use `attention`; others stay as they are."""
+    """Make a T5-like network with torch's SDPA use `attention`; other networks are unchanged."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

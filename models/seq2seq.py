@@ -1,4 +1,4 @@
-"""Text to text: any AutoModelForSeq2SeqLM. Logits at the scored positions, the loss, generation."""
+"""Text-to-text models (any AutoModelForSeq2SeqLM): logits at the scored positions, loss, generation."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plainloop.data.types import IGNORE_INDEX, InputError
-from plainloop.models.cpu import MASK_TAKEN_AS_IT_IS
+from plainloop.data.errors import InputError
+from plainloop.data.types import IGNORE_INDEX
+from plainloop.models.cpu_dropout import MASK_TAKEN_AS_IT_IS
 from plainloop.models.load import OVERFLOWS_IN_FP16, load_config, load_network
 
 SPECIAL_TOKENS = [
     f"{name}_token_id" for name in ("decoder_start", "bos", "eos", "pad", "forced_bos", "forced_eos")
 ]
-# Families that hand the source's mask to their attentions and to nothing else. Bool (B, 1, 1, S) saves a
-# host sync.
+# Model families that use the source mask only in attention. As bool (B, 1, 1, S), it saves a host sync.
 PLAIN_ATTENTION = {"t5", "mt5", "umt5", "bart", "mbart"}
 
 
 class Seq2SeqModel(nn.Module):
-    """A transformers *ForConditionalGeneration network that returns logits alone.
+    """A transformers *ForConditionalGeneration network that returns only logits.
 
-    The projection to the vocabulary, for short targets the dearest part of the decoder, is computed for the
-    scored positions only: they are picked from what goes into the output embedding.
+    The projection to the vocabulary, the most expensive part of the decoder for short targets, is computed
+    only at the scored positions: a pre-hook selects them from the input of the output embedding.
     """
 
     def __init__(self, network: Any) -> None:
@@ -57,7 +57,7 @@ class Seq2SeqModel(nn.Module):
         return logits
 
     def _pick(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """(B, T, D) -> (1, K, D); while generating, nothing changes."""
+        """(B, T, D) -> (1, K, D); unchanged while generating."""
         if self._scored is None:
             return None
         hidden = arguments[0]
@@ -65,7 +65,7 @@ class Seq2SeqModel(nn.Module):
 
 
 def load_seq2seq_model(path: str, *, dropout: float | None = None) -> Seq2SeqModel:
-    """From a folder or hub name. dropout overrides its config. Raises InputError."""
+    """Load from a folder or hub name. dropout overrides the config. Raises InputError."""
     from transformers import AutoModelForSeq2SeqLM
 
     overrides: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def load_seq2seq_model(path: str, *, dropout: float | None = None) -> Seq2SeqMod
 
 
 def start_token(config: Any, path: str) -> int:
-    """What the decoder starts with: the config's, or T5's convention. Raises InputError."""
+    """The decoder's start token: the config's, or T5's convention. Raises InputError."""
     token = getattr(config, "decoder_start_token_id", None)
     if token is None and config.model_type in OVERFLOWS_IN_FP16:  # T5 family: <pad>
         token = config.pad_token_id
@@ -89,7 +89,7 @@ def start_token(config: Any, path: str) -> int:
 
 
 def source_limit(config: Any) -> int:
-    """Longest source in tokens: BART has so many positions; T5's are relative, it has no limit."""
+    """Maximum source length in tokens: BART's number of positions; T5's are relative, so it has no limit."""
     if config.model_type in OVERFLOWS_IN_FP16:
         return 2**31
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
@@ -98,8 +98,8 @@ def source_limit(config: Any) -> int:
 def token_loss_sum(logits: Tensor, labels: dict[str, Tensor], *, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy, summed over the target tokens of the micro-batch; fp32 scalar.
 
-    logits: (K, V); labels target: (K,), IGNORE_INDEX for one that counts for nothing. label_smoothing e: the
-    target distribution is (1 - e) on the label plus e / V on every token (Szegedy et al. 2016).
+    logits: (K, V); labels target: (K,), IGNORE_INDEX for ignored ones. label_smoothing e: the target
+    distribution is (1 - e) on the label plus e / V on every token (Szegedy et al. 2016).
     """
     return functional.cross_entropy(
         logits.float(),
@@ -113,14 +113,14 @@ def token_loss_sum(logits: Tensor, labels: dict[str, Tensor], *, label_smoothing
 def generate(
     model: Seq2SeqModel, inputs: dict[str, Tensor], *, max_new_tokens: int, num_beams: int = 1
 ) -> Tensor:
-    """Greedy, or beams: (B, T) ids without the start token, padded behind the end of each.
+    """Greedy or beam search: (B, T) ids without the start token, padded after the end of each row.
 
-    Ends when all rows have ended. What the model's own generation config asks for beside its special tokens,
-    such as sampling or the least length of a summary, is set aside.
+    Stops when all rows have ended. The model's own generation config, such as sampling or the minimum length
+    of a summary, is ignored except for its special tokens.
     """
     from transformers import GenerationConfig
 
-    # Of a shallow copy: a checkpoint may be being written with the network's own config.
+    # On a shallow copy: a checkpoint with the network's own config may be being written right now.
     network = copy.copy(model.network)
     network.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -132,7 +132,7 @@ def generate(
 
 
 def sequence_log_probs(model: Seq2SeqModel, inputs: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Log-probability of each generated sequence (B, T), its end included: (B,) fp32."""
+    """Log-probability of each generated sequence (B, T), including its end token: (B,) fp32."""
     config = model.network.generation_config
     before = torch.cat([torch.full_like(ids[:, :1], config.decoder_start_token_id), ids[:, :-1]], dim=1)
     everywhere = torch.arange(ids.numel(), device=ids.device)

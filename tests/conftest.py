@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may access the network
+
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers/
+
+from helpers.tiny_models import tiny_bert, tiny_t5_for  # noqa: E402
 
 from plainloop.data.demo import make_part  # noqa: E402
 
@@ -21,7 +25,7 @@ REAL_DATA = os.environ.get("PLAINLOOP_REAL_DATA")
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real SQuAD files and vocabularies; tests that want it are skipped without."""
+    """Folder of real SQuAD files and vocabularies; if it is not set, tests that need it are skipped."""
     if not REAL_DATA:
         pytest.skip("PLAINLOOP_REAL_DATA is not set")
     return Path(REAL_DATA).resolve()
@@ -37,36 +41,20 @@ def squad_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, squad_file: Path) -> Path:
-    """A BERT of two layers with random weights and a WordPiece vocabulary of its own: 35,000 parameters."""
-    import torch
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    trained = BertWordPieceTokenizer()
-    trained.train_from_iterator([squad_file.read_text()], vocab_size=600, show_progress=False)
-    trained.save_model(str(folder))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=128,
-    )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
+    """A two-layer BERT with random weights and its own WordPiece vocabulary: 35,000 parameters."""
+    return tiny_bert(tmp_path_factory.mktemp("tiny-bert"), squad_file)
 
 
 @pytest.fixture(scope="session")
 def minilm() -> str:
-    from plainloop.trainer.demo import packaged_encoder
+    from plainloop.trainer.commands.demo import packaged_encoder
 
     return packaged_encoder()
 
 
 @pytest.fixture
 def options(tiny_model: Path, squad_file: Path, tmp_path: Path) -> dict[str, Any]:
-    """A run on the tiny model: 2 epochs of 15 steps; dotted names, to be changed by a test."""
+    """Options of a run on the tiny model: 2 epochs of 15 steps. Dotted names; tests override them."""
     return {
         "run_dir": str(tmp_path / "run"), "batch_size": 8, "epochs": 2, "tokens_per_device": 200,
         "model.path": str(tiny_model), "data.train": str(squad_file), "data.bucket": 3, "precision": "fp32",
@@ -77,10 +65,10 @@ def options(tiny_model: Path, squad_file: Path, tmp_path: Path) -> dict[str, Any
 
 @pytest.fixture(scope="session")
 def text_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """120 and 40 rows in CausalQA's form; targets of very unequal length."""
+    """Two files in CausalQA's format, with 120 and 40 rows; target lengths vary widely."""
     import csv
 
-    from plainloop.data.demo_text import write_text_demo
+    from plainloop.data.demo import write_text_demo
 
     paths = write_text_demo(tmp_path_factory.mktemp("causalqa"), rows=120, dev_rows=40)
     for path in paths:
@@ -95,19 +83,13 @@ def text_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory: pytest.TempPathFactory, text_files: tuple[Path, Path]) -> Path:
-    """A T5 of 2 + 2 layers with random weights: 60,000 parameters."""
-    from plainloop.data.causalqa import TextOptions, read_text
-    from plainloop.models.tiny import write_tiny_t5
-
-    folder = tmp_path_factory.mktemp("tiny-t5")
-    rows = read_text([str(text_files[0])], TextOptions())
-    write_tiny_t5(folder, [row.question + row.context for row in rows], width=32)
-    return folder
+    """A T5 with 2 + 2 layers and random weights: 60,000 parameters."""
+    return tiny_t5_for(tmp_path_factory.mktemp("tiny-t5"), text_files[0])
 
 
 @pytest.fixture
 def text_options(tiny_t5: Path, text_files: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
-    """A text run: 2 epochs of 15 steps; dotted names, to be changed by a test."""
+    """Options of a text run: 2 epochs of 15 steps. Dotted names; tests override them."""
     return {
         "task": "text", "run_dir": str(tmp_path / "run"), "batch_size": 8, "epochs": 2,
         "tokens_per_device": 200, "model.path": str(tiny_t5), "data.train": str(text_files[0]),
@@ -119,8 +101,8 @@ def text_options(tiny_t5: Path, text_files: tuple[Path, Path], tmp_path: Path) -
 
 @pytest.fixture(scope="session")
 def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(the wheel, a folder for PYTHONPATH that it is installed into), built from a copy of the tracked files,
-    so that nothing is left behind here.
+    """(wheel, folder it is installed into, for PYTHONPATH). Built from a copy of the tracked files to keep
+    the working tree clean.
     """
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True)
@@ -146,8 +128,8 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """plainloop in processes of its own: launch(2, "train", options) is torchrun's agent with two forked
-    ranks (e2e/forking_torchrun.py), launch(0, ...) does without.
+    """Run plainloop in a subprocess: launch(2, "train", options) uses torchrun's agent with two forked ranks
+    (e2e/forking_torchrun.py), launch(0, ...) a single process without torchrun.
     """
 
     def run(
@@ -169,25 +151,25 @@ def launch(tmp_path: Path) -> Launch:
 
 @pytest.fixture
 def train(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """plainloop train in this process: train(**{"seed": 1}) changes `options` (or `text_options`, when
-    the test has those); returns the Verdict.
+    """Run `plainloop train` in this process: train(**{"seed": 1}) overrides `options` (or `text_options`, if
+    the test uses that fixture). Returns the Verdict.
     """
     text = "text_options" in request.fixturenames
     options = request.getfixturevalue("text_options" if text else "options")
 
     def run(**changes: Any) -> Any:
-        from plainloop.trainer.config import TrainConfig
-        from plainloop.trainer.options import parse
+        from plainloop.trainer.config.options import TrainConfig
+        from plainloop.trainer.config.parse import parse
         from plainloop.trainer.run import train as run_train
 
-        return run_train(parse(TrainConfig, as_arguments(options | changes), program="test"))
+        return run_train(parse(TrainConfig, as_arguments(options | changes), program="test")).verdict
 
     return run
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
+    """An 8 MB file system."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run all checks: tests/run.sh [--slow] [pytest options]
-#   --slow    the slow tests too
-# Tests on real data want PLAINLOOP_REAL_DATA to name its folder; without it they are skipped.
+#   --slow    include the slow tests
+# Tests on real data need PLAINLOOP_REAL_DATA set to its folder; otherwise they are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh dev
@@ -13,5 +13,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# Most of the time goes into imports of processes that tests start: two tests at once.
+# Most of the time goes into imports in the tests' subprocesses, so run two tests in parallel.
 exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "${select[@]}" "$@"

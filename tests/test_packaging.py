@@ -1,4 +1,4 @@
-"""The wheel holds plainloop/ and nothing else, installs without -e, and runs from any folder."""
+"""The wheel contains only plainloop/, installs without -e, and runs from any folder."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ import pytest
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_plainloop_only_and_runs(installed_wheel: tuple[Path, Path], tmp_path: Path) -> None:
-    """In a Slurm job: tests/launch/test_training.py."""
+def test_wheel_contains_only_plainloop_and_runs(installed_wheel: tuple[Path, Path], tmp_path: Path) -> None:
+    """For the wheel in a Slurm job, see tests/launch/test_training.py."""
     wheel, target = installed_wheel
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}

@@ -1,6 +1,6 @@
 """The command line: plainloop train | evaluate | fetch | doctor | demo.
 
-torch is imported only by a command that computes.
+torch is imported only by the commands that need it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ usage: plainloop COMMAND [--config FILE] [--option value ...]
 
 Fine-tune question-answering models with a training loop you can read in one sitting.
 
-  train      train, or continue the run in --run_dir   (plainloop train --config squad.yaml --optim.lr 3e-5)
-  evaluate   figures of a checkpoint or of a predictions file: SQuAD's official ones, CausalQA's
-  fetch      with internet: model, tokenizer and data into folders   (plainloop fetch --model roberta-base)
-  doctor     before a job: will this command run here? The options are those of train
-  demo       train and evaluate on a small built-in corpus, with two processes (--task text: a small T5)
+  train      start or resume the run in --run_dir   (plainloop train --config squad.yaml --optim.lr 3e-5)
+  evaluate   score a checkpoint or a predictions file with the official SQuAD metrics or those of CausalQA
+  fetch      download model, tokenizer and data for offline nodes   (plainloop fetch --model roberta-base)
+  doctor     check before a job that `train` will run here; takes the options of train
+  demo       train and evaluate on a small generated corpus with two processes (--task text: a small T5)
 
-Several processes: torchrun --nproc-per-node 4 -m plainloop.trainer train ...
+Multiple processes: torchrun --nproc-per-node 4 -m plainloop.trainer train ...
 All options of a command: plainloop COMMAND --help
-Exit codes: 0 done, 2 bad option or input, 75 stopped with a checkpoint, 70 the numbers or a process failed,
-74 the last checkpoint could not be written. The same in RUN/status.json, since torchrun turns each into 1.
+Exit codes: 0 done, 2 bad option or input, 70 NaN/Inf or a failed process, 74 the last checkpoint could not be
+written, 75 stopped with a checkpoint. torchrun turns nonzero codes into 1; RUN/status.json has the original.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; a user's mistake is one line and exit code 2."""
+    """Run a command and return its exit code. A user error prints one line and returns 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "evaluate": _evaluate, "fetch": _fetch, "doctor": _doctor, "demo": _demo,
@@ -41,14 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     from plainloop.data.processes import end_with_parent
-    from plainloop.data.types import InputError
-    from plainloop.trainer.errors import UNKNOWN, explain
+    from plainloop.trainer.errors import UNKNOWN, InputError, explain
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: without its agent it would train on, unseen
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: don't keep training if the torchrun agent dies
         end_with_parent(signal.SIGTERM)
     try:
         if arguments[0] not in commands:
-            raise InputError(f"unknown command '{arguments[0]}'; there are {', '.join(commands)}.")
+            raise InputError(f"unknown command '{arguments[0]}'; choose from {', '.join(commands)}.")
         return commands[arguments[0]](arguments[1:])
     except (InputError, KeyboardInterrupt, RuntimeError, OSError, MemoryError) as error:
         message, code = explain(error)
@@ -58,11 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def main_of_process() -> NoReturn:
-    """`main` for a process of its own, which ends with it."""
+    """Run `main` and exit the process with its exit code."""
     code = main()
     if "WORLD_SIZE" in os.environ:
-        # A rank. Python would now tear down torch's process group, and one time in 15 (torch 2.13, gloo) that
-        # aborts: "terminate called without an active exception". All is written and closed: leave at once.
+        # A rank. Python's shutdown would tear down torch's process group, which aborts 1 time in 15 (torch
+        # 2.13, gloo): "terminate called without an active exception". Files are written and closed: exit now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -70,7 +69,7 @@ def main_of_process() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    """One line, once: rank 0 speaks first, and its exit ends the others before they repeat it."""
+    """Print the error once: rank 0 prints first, and its exit ends the other ranks before they repeat it."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(3)
@@ -79,22 +78,22 @@ def _fail(message: str, code: int) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from plainloop.trainer.config import TrainConfig
-    from plainloop.trainer.options import parse
+    from plainloop.trainer.config.options import TrainConfig
+    from plainloop.trainer.config.parse import parse
 
     config = parse(TrainConfig, arguments, program="plainloop train")
     from plainloop.trainer.run import train
 
-    verdict = train(config, last=True)
-    # With --max-restarts torchrun would start a stopped run again at once, and without it prints a traceback
-    # for every code but 0. launch/train.sbatch wants neither: status.json says what it is.
+    verdict = train(config, last=True).verdict
+    # With --max-restarts, torchrun would restart a stopped run at once; without it, it prints a traceback
+    # for every nonzero code. launch/train.sbatch wants neither, and reads status.json instead.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     quiet = restarts or os.environ.get("PLAINLOOP_STOPPED_CODE") == "0"
     return 0 if verdict.name == "STOPPED" and quiet else verdict.value
 
 
 def _as_list(arguments: list[str], option: str) -> list[str]:
-    """`--summary a b c`, as a shell's pattern makes it -> the list that the option wants."""
+    """Turn `--summary a b c`, as expanded by a shell glob, into the list that the option expects."""
     if option not in arguments:
         return arguments
     at = arguments.index(option) + 1
@@ -106,16 +105,16 @@ def _as_list(arguments: list[str], option: str) -> list[str]:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from plainloop.trainer.config import ScoreConfig
-    from plainloop.trainer.options import parse
+    from plainloop.trainer.config.command_options import ScoreConfig
+    from plainloop.trainer.config.parse import parse
 
     config = parse(ScoreConfig, _as_list(arguments, "--summary"), program="plainloop evaluate")
     if config.summary is not None:
-        from plainloop.trainer.summary import summary
+        from plainloop.trainer.commands.seeds import summary
 
         print(summary(config.summary))
         return 0
-    from plainloop.trainer.score import print_metrics, score
+    from plainloop.trainer.commands.evaluate import print_metrics, score
 
     metrics = score(config)
     if metrics is not None:
@@ -124,32 +123,32 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _fetch(arguments: list[str]) -> int:
-    from plainloop.trainer.config import FetchConfig
-    from plainloop.trainer.options import parse
+    from plainloop.trainer.config.command_options import FetchConfig
+    from plainloop.trainer.config.parse import parse
 
     config = parse(FetchConfig, arguments, program="plainloop fetch")
-    from plainloop.trainer.fetch import fetch
+    from plainloop.trainer.commands.fetch import fetch
 
     fetch(config)
     return 0
 
 
 def _doctor(arguments: list[str]) -> int:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # as on a compute node, wherever this is
-    from plainloop.trainer.config import DoctorConfig
-    from plainloop.trainer.options import parse
+    os.environ["HF_HUB_OFFLINE"] = "1"  # behave as on a compute node
+    from plainloop.trainer.config.command_options import DoctorConfig
+    from plainloop.trainer.config.parse import parse
 
     config = parse(DoctorConfig, arguments, program="plainloop doctor")
-    from plainloop.trainer.doctor import doctor
+    from plainloop.trainer.commands.doctor import doctor
 
     return doctor(config)
 
 
 def _demo(arguments: list[str]) -> int:
-    from plainloop.trainer.config import DemoConfig
-    from plainloop.trainer.options import parse
+    from plainloop.trainer.config.command_options import DemoConfig
+    from plainloop.trainer.config.parse import parse
 
     config = parse(DemoConfig, arguments, program="plainloop demo")
-    from plainloop.trainer.demo import demo
+    from plainloop.trainer.commands.demo import demo
 
     return demo(config)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from plainloop.trainer.config import OptimConfig
+from plainloop.trainer.config.options import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: decayed weights, and the rest, without (vectors: biases and norm weights)."""
+    """Return two groups: weights with decay, and vectors (biases and norm weights) without."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
@@ -21,11 +21,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor (Shazeer & Stern 2018) as torch.optim.Adafactor computes it, without a read of the device.
+    """Adafactor (Shazeer & Stern 2018), as torch.optim.Adafactor computes it, but without host syncs.
 
-    torch's asks for the norm of every weight and of every update (two host syncs a parameter). Here they stay
-    tensors, as do the step counts, and a step is skipped on the device when `found_inf` is 1. State: step,
-    and row_var and col_var for matrices, or variance for vectors, under torch's names.
+    torch's version reads the norm of every weight and of every update on the host (two host syncs per
+    parameter). Here norms and step counts stay on the device, and `found_inf` = 1 skips a step there. State,
+    with torch's names: step, and row_var and col_var for matrices or variance for vectors.
     """
 
     _step_supports_amp_scaling = True
@@ -77,8 +77,9 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter 2019, decoupled decay): one kernel. Or Adafactor: no first moment,
-    second moments by row and column, steps relative to the weights. Both skip a step on the device.
+    """Fused AdamW (Loshchilov & Hutter 2019, decoupled weight decay; one kernel), or Adafactor (no first
+    moment, second moments per row and column, steps relative to the weights). Both can skip a step on the
+    device.
     """
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "adafactor":
@@ -87,7 +88,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """lr(step) for step 0 ... total_steps - 1: linear warm-up that ends at lr, then the schedule."""
+    """Return lr(step) for step 0 ... total_steps - 1: linear warmup to config.lr, then the schedule."""
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
     warmup_steps = min(round(warmup), total_steps)
     decay_steps = max(1, total_steps - warmup_steps)

@@ -1,219 +1,215 @@
-"""A run, in reading order: world, data, model, restore, hooks, fit. `loop.py` is next."""
+"""A run, in reading order: world, data, process group, model, hooks, loop. `loop.py` is next."""
 
 from __future__ import annotations
 
-import inspect
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from plainloop.data.loader import Steps, step_batches
-from plainloop.data.types import InputError
 from plainloop.models.compiled import compiled
 from plainloop.models.load import overflows_in_fp16
-from plainloop.trainer import checkpoint as checkpoints
-from plainloop.trainer.checks import check_train_config
-from plainloop.trainer.config import TrainConfig
-from plainloop.trainer.deadline import Deadline, clock
-from plainloop.trainer.device import keep_compiled_code, peak_memory_gb, set_up_device
-from plainloop.trainer.distributed import World, process_group, world_from_env
-from plainloop.trainer.errors import NUMERICAL
-from plainloop.trainer.hooks import Evaluate, LogLine, NonFinite, Stop, Stopwatch
-from plainloop.trainer.log import Log
-from plainloop.trainer.loop import Hook, Progress, StepOptions, Verdict, fit, warm_up
+from plainloop.trainer.checkpoint import resume
+from plainloop.trainer.checkpoint.folder import checkpoint_bytes, restore
+from plainloop.trainer.checkpoint.writer import SaveCheckpoint
+from plainloop.trainer.config.options import TrainConfig
+from plainloop.trainer.config.validate import validate
+from plainloop.trainer.distributed.deadline import Deadline, StopTime
+from plainloop.trainer.distributed.device import keep_compiled_code, set_up_device
+from plainloop.trainer.distributed.signals import StopRequest, handlers_restored
+from plainloop.trainer.distributed.watchdog import Heartbeat, Watchdog
+from plainloop.trainer.distributed.world import World, process_group, world_from_env, wrap_ddp
+from plainloop.trainer.hooks import CompareRanks, Evaluate, LogLine, NonFinite, Stop, warm_up_and_estimate
+from plainloop.trainer.loop import Hook, StepOptions, Verdict, fit
 from plainloop.trainer.optim import learning_rate, make_optimizer
-from plainloop.trainer.precision import make_scaler, resolve_precision, slow_precision
-from plainloop.trainer.resume import (
-    find_checkpoint,
-    guarantee,
-    record,
-    require_same_run,
-)
-from plainloop.trainer.run_folder import hold
-from plainloop.trainer.saving import SaveCheckpoint
-from plainloop.trainer.signals import StopRequest, handlers_restored
-from plainloop.trainer.state import Place, TrainState
-from plainloop.trainer.tasks import make_task
-from plainloop.trainer.watch import CompareRanks, Watch
-
-TOKENS_PER_DEVICE = {"cuda": 8192, "cpu": 4096}
+from plainloop.trainer.precision import make_scaler, resolve_precision, warnings
+from plainloop.trainer.run_folder.log import Log
+from plainloop.trainer.run_folder.status import hold
+from plainloop.trainer.state import Progress, TrainState
+from plainloop.trainer.tasks import base as tasks
+from plainloop.trainer.tasks.base import Dataset, Task
+from plainloop.trainer.tasks.evaluation import EvaluationSettings
+from plainloop.trainer.tasks.find import find_hooks, find_task
 
 
-def train(config: TrainConfig, *, last: bool = False) -> Verdict:
-    """All ranks. Train from the start or from the run folder's newest checkpoint, to the end or a stop.
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. metrics: of the last evaluation. best: the best checkpoint so far, if any."""
 
-    last: the process ends with it, and no late signal may change how.
+    verdict: Verdict
+    step: int
+    metrics: dict[str, float]
+    best: Path | None
+
+
+def train(config: TrainConfig, hooks: Sequence[Hook] = (), *, last: bool = False) -> Result:
+    """All ranks. Train from scratch, or resume from the run folder's newest checkpoint, to the end or a stop.
+
+    hooks: of your own, called after those of the package. last: the process ends with this run, so ignore
+    signals once the outcome is saved. Raises InputError and RunError.
     """
     with ExitStack() as stack:
         stack.enter_context(handlers_restored(ignore=last))
-        # Who and where. Rank 0 holds the run folder; nobody else may write there.
-        check_train_config(config)
-        world = world_from_env(config.device)
-        run_dir = Path(config.run_dir)
+
+        # 1. Who and where. Rank 0 holds the run folder; nobody else may write there.
+        task_type, own_hooks = find_task(config.task), [*find_hooks(config.hooks), *hooks]
+        validate(config, uses=task_type.uses)
+        world, run_dir = world_from_env(config.device), Path(config.run_dir)
         log = Log(run_dir, enabled=world.is_main, tensorboard=config.log.tensorboard)
         folder = stack.enter_context(hold(run_dir, world.rank, log.say))
         stack.callback(log.close)
 
-        # Data: tokenised by rank 0 before there is a process group that could time out.
-        tokens = config.tokens_per_device or TOKENS_PER_DEVICE[world.device.type]
-        task = make_task(config.task, config.model, config.data, config.text, world)
-        rows = task.prepare("train", config.data.train or "", limit=config.data.limit)
-        dev_rows = task.prepare("dev", config.data.dev) if config.data.dev else None
-        if dev_rows and config.evaluation.best_metric not in task.metric_names():
-            given, names = config.evaluation.best_metric, ", ".join(task.metric_names())
-            raise InputError(f"evaluation.best_metric {given}: this data gives {names}.")
-        steps = task.steps(rows, batch_size=config.batch_size, seed=config.seed, tokens=tokens)
-        total_steps = min(config.max_steps or 2**62, config.epochs * steps.sampler.steps_per_epoch)
+        # 2. Data, tokenised by rank 0 before there is a process group that could time out.
+        max_tokens, task = config.max_tokens(world.device.type), task_type(config)
+        data = prepare_data(task, config, world)
+        steps = tasks.make_steps(task, data["train"], config, world, max_tokens=max_tokens)
+        total_steps = config.total_steps(steps.sampler.steps_per_epoch)
 
-        # Together from here on; a thread in each rank ends a run that hangs.
-        stop_time = folder.stop_time()
-        place, longest = Place(), max(config.start_timeout_s, config.timeout_s)
-        prefix = stack.enter_context(process_group(world, timeout_s=longest + 60))
-        watch = Watch(
-            world, prefix, place, run_dir, lambda why: folder.failed(why, NUMERICAL, world.rank),
+        # 3. Together from here on. A watchdog thread in each rank ends a run that hangs.
+        heartbeat, longest_s = Heartbeat(), max(config.start_timeout_s, config.timeout_s)
+        prefix = stack.enter_context(process_group(world, timeout_s=longest_s + 60))
+        watchdog = Watchdog(
+            world, prefix, heartbeat, run_dir, folder.failed,
             first_s=config.start_timeout_s, then_s=config.timeout_s,
         )  # fmt: skip
-        stack.enter_context(watch.watching())
+        stack.enter_context(watchdog.watching())
 
-        # Model: own newest good checkpoint > the pretrained one. A new head depends on the seed alone.
+        # 4. Model, optimizer, and the checkpoint to resume from.
         set_up_device(world, tf32=config.tf32, deterministic=config.deterministic)
-        found = find_checkpoint(run_dir, world, log)
-        precision, why = resolve_precision(
-            config.precision, world.device, overflows_in_fp16=overflows_in_fp16(config.model.path),
-            recorded=found.state["config"]["precision"] if found else None,
-        )  # fmt: skip
-        config = replace(config, precision=cast(Any, precision))
-        identity = record(config, world, rows.path.name, tokens)
-        require_same_run(found, config, identity, steps.sampler, world)
         folder.joined = True
-        torch.manual_seed(config.seed)
-        place.at("loading the model", 0)
-        model = task.load_model(str(found.path) if found else config.model.path, new_head=found is None)
-        model.to(world.device).train()
-        keep_compiled_code(config.data.cache_dir, world.device)
-        wrapped = wrap(model, world, compile_it=config.model.compile, num_shapes=steps.widths.num_shapes)
-        scaler = make_scaler(config.precision, world.device)
-        state = TrainState(model, wrapped, make_optimizer(model, config.optim), scaler, world.device, place)
-        if found:
-            checkpoints.restore(state, found, is_main=world.is_main)
-            done = "; nothing is left to do" if state.step >= total_steps else ""
-            log.say(f"continuing from {found.path} at step {state.step} of {total_steps}{done}")
-            log.say(f"guaranteed: {guarantee(found, config, identity)}")
+        config, state, metadata = start_or_resume(task, config, world, steps, data["train"], heartbeat, log)
+        stop_time = StopTime.from_status(folder.before)
+        progress = Progress(state, total_steps, steps.sampler.steps_per_epoch, log, world, stop_time)
         if world.is_main:
             folder.status("running", step=state.step, began_at=state.step, total_steps=total_steps)
-            if warning := stop_time.too_long(config.checkpoint.grace_s):
-                log.say(warning)
-        log.say(f"precision {precision}: {why}")
-        if world.is_main and (warning := slow_precision(precision, world.device)):
-            log.say(warning)
-        log.say(f"train: {steps.describe()}")
-        for part, path, data in (("train", config.data.train, rows), ("dev", config.data.dev, dev_rows)):
-            name = path if isinstance(path, str) else ", ".join(path or [])
-            for line in task.report(part, data, config.precision) if data else []:
-                log.say(f"{part}: {name}: {line}")
-        log.say(layout(model, world, config, tokens, total_steps))
+        report(config, progress, steps, data)
 
-        # What happens between steps, in this order. A hook of your own goes into this list.
-        progress = Progress(state, total_steps, steps.sampler.steps_per_epoch)
-        stopwatch, lr = Stopwatch(), learning_rate(config.optim, total_steps)
+        # 5. What happens between steps, in this order. Hooks of your own come last but one.
+        lr, deadline = learning_rate(config.optim, total_steps), Deadline.from_env(stop_time)
         request = StopRequest(run_dir / "stop" if world.is_main else None)
-        stop = Stop(request, config.stop_at_step, stop_time)
-        deadline = Deadline.from_env(stop_time)
-
-        def should_stop() -> bool:
-            place.tick()
-            return stop.agreed()
-
-        def evaluate() -> dict[str, float] | None:
-            assert dev_rows is not None
-            return task.evaluate(
-                model, dev_rows, name=f"{run_dir} step {state.step}", config=config.evaluation,
-                precision=config.precision, tokens=config.evaluation.tokens_per_device or 2 * tokens,
-                folder=run_dir / "evaluation", should_stop=should_stop, training=True,
-            )  # fmt: skip
-
+        stop, batch_tokens = Stop(request, config.stop_at_step), config.evaluation.tokens_per_device
+        settings = EvaluationSettings(
+            world, config.precision, batch_tokens or 2 * max_tokens, config.evaluation, str(run_dir),
+            folder=run_dir / "evaluation", should_stop=stop.agreed, training=True,
+        )  # fmt: skip
+        evaluate = partial(tasks.evaluate, task, state.model, data.get("dev"), settings)
         save = SaveCheckpoint(
-            folder, lambda path, weights: task.save_model(model, path, weights), log, stopwatch, world,
-            config.checkpoint, metric=config.evaluation.best_metric, saved_step=state.step, extra=identity,
-            stop_time=stop_time,
+            progress, folder, partial(tasks.save_model, task, state.model), config.checkpoint,
+            metric=config.evaluation.best_metric, metadata=metadata,
         )  # fmt: skip
         stack.callback(save.close)
-        hooks: list[Hook] = [
+        all_hooks: list[Hook] = [
             stop,
-            NonFinite(config.optim.max_nonfinite_steps, task.record_ids),
-            CompareRanks(world, config.compare_every_steps),
-            LogLine(log, config.log.every_steps, stopwatch, lr, stop_time, deadline),
-            *([Evaluate(evaluate, log, stopwatch, config.evaluation)] if dev_rows is not None else []),
+            NonFinite(config.optim.max_nonfinite_steps, partial(tasks.record_ids, task, data["train"])),
+            CompareRanks(config.compare_every_steps),
+            LogLine(config.log.every_steps, lr, deadline),
+            *([Evaluate(evaluate, config.evaluation)] if "dev" in data else []),
+            *own_hooks,
             save,
         ]
 
-        # The loop. Until here a signal ends the program as usual; now it asks for a stop with a checkpoint.
+        # 6. The loop. Until here a signal ends the program; now it asks for a stop with a checkpoint.
         log.start(state.step, total_steps, {record["step"] for record in state.evaluations})
-        options = StepOptions(
-            task.loss_sum, lr, world, config.seed, config.precision, config.optim.max_grad_norm
-        )
+        max_norm = config.optim.max_grad_norm
+        options = StepOptions(task.loss_sum, lr, world, config.seed, config.precision, max_norm)
         if state.step < total_steps:
-            log.say(warm_up_and_estimate(state, steps, options, total_steps, save, log))
-        stack.enter_context(request.listening(lambda reason: folder.failed(reason, 130, world.rank)))
-        pin = world.device.type == "cuda"
-        batches = step_batches(
-            steps, start=state.step, total=total_steps, workers=config.data.workers, pin=pin
-        )
+            warm_up_and_estimate(progress, steps, options, save.reserve)
+        stack.enter_context(request.listening(folder.failed))
+        workers, pin = config.data.workers, world.device.type == "cuda"
+        batches = step_batches(steps, start=state.step, total=total_steps, workers=workers, pin=pin)
         stack.callback(batches.close)
-        verdict = fit(progress, batches, hooks, options)
-        place.at("closing", 0)
-        log.say(f"{verdict.name.lower()} at step {state.step}" + (f": {state.stop}" if state.stop else ""))
+        verdict = fit(progress, batches, all_hooks, options)
+
+        # 7. The verdict.
+        heartbeat.at("closing")
+        ended = verdict.name.lower()
+        log.say(f"{ended} at step {state.step}" + (f": {state.stop}" if state.stop else ""))
         if deadline:
             log.say(deadline.advice())
-        folder.verdict = {
-            "status": verdict.name.lower(), "step": state.step, "reason": state.stop,
-            "exit_code": verdict.value,
-        }  # fmt: skip
-    return verdict
+        folder.ended(ended, step=state.step, reason=state.stop, exit_code=verdict.value)
+        metrics = state.evaluations[-1] if state.evaluations else {}
+        best = (run_dir / "best").resolve() if (run_dir / "best").exists() else None
+        return Result(verdict, state.step, metrics, best)
 
 
-def warm_up_and_estimate(
-    state: TrainState, steps: Steps, options: StepOptions, total_steps: int, save: SaveCheckpoint, log: Log
-) -> str:
-    """All ranks. One line: how long the training will take, evaluations and saves apart, and its memory."""
-    largest = steps.largest()
-    pass_s = warm_up(state, largest, options)
-    save.reserve(state)
-    estimate_s = pass_s * steps.passes(largest[-1]) * (total_steps - state.step)
-    memory_gb = peak_memory_gb(state.device)
-    log.record("warm_up", state.step, {"memory_gb": memory_gb, "pass_s": pass_s, "estimate_s": estimate_s})
-    return (
-        f"training will take about {clock(estimate_s)}, by the {pass_s:.2f} s of a warm-up pass;"
-        f" peak memory until here {memory_gb:.2f} GB"
+def prepare_data(task: Task, config: TrainConfig, world: World) -> dict[str, Dataset]:
+    """All ranks. The splits "train" and, if there is one, "dev". Raises InputError."""
+    limit = config.data.limit
+    data = {"train": tasks.load_split(task, "train", config.data.train or "", config, world, limit=limit)}
+    if config.data.dev:
+        data["dev"] = tasks.load_split(task, "dev", config.data.dev, config, world)
+        if world.is_main:
+            tasks.require_metric(task, data["dev"], config.evaluation.best_metric)
+    return data
+
+
+def start_or_resume(
+    task: Task, config: TrainConfig, world: World, steps: Steps, data: Dataset, heartbeat: Heartbeat, log: Log
+) -> tuple[TrainConfig, TrainState, dict[str, Any]]:
+    """All ranks. Return the config with its precision resolved, the state (of the newest good checkpoint, or
+    a fresh one), and what checkpoints record of the run. A new head depends only on the seed. InputError.
+    """
+    found = resume.find_checkpoint(Path(config.run_dir), world, log)
+    precision, why = resolve_precision(
+        config.precision, world.device, overflows_in_fp16=overflows_in_fp16(config.model.path),
+        recorded=found.state["config"]["precision"] if found else None,
+    )  # fmt: skip
+    config = replace(config, precision=cast(Any, precision))
+    metadata = resume.run_metadata(config, world, data.store.path.name, steps.max_tokens)
+    resume.require_same_run(found, config, metadata, steps.sampler, world)
+    torch.manual_seed(config.seed)
+    heartbeat.at("loading the model")
+    path = str(found.path) if found else config.model.path
+    model = tasks.load_model(task, path, config, world, new_head=found is None).train()
+    keep_compiled_code(config.data.cache_dir, world.device)
+    state = new_state(model, config, world, heartbeat, num_shapes=steps.widths.num_shapes)
+    if found:
+        restore(state, found, is_main=world.is_main)
+        log.say(f"resuming from {found.path} at step {state.step}")
+        log.say(f"guaranteed: {resume.guarantee(found, config, metadata)}")
+    log.say(f"precision {precision}: {why}")
+    return config, state, metadata
+
+
+def new_state(
+    model: nn.Module, config: TrainConfig, world: World, heartbeat: Heartbeat | None = None,
+    *, num_shapes: int = 0,
+) -> TrainState:  # fmt: skip
+    """Compile the model if asked for, wrap it in DDP, and make its optimizer and loss scaler."""
+    module = compiled(model, num_shapes) if config.model.compile else model
+    optimizer, scaler = make_optimizer(model, config.optim), make_scaler(config.precision, world.device)
+    return TrainState(
+        model, wrap_ddp(module, world), optimizer, scaler, world.device, heartbeat or Heartbeat()
     )
 
 
-def wrap(model: nn.Module, world: World, *, compile_it: bool, num_shapes: int = 0) -> nn.Module:
-    """Compiled if asked for; DDP only when there is somebody to average with."""
-    wrapped = compiled(model, num_shapes) if compile_it else model
-    if world.size == 1:
-        return wrapped
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    # No buffer of these networks changes; torch 2.13 gave the option not to send them a new name.
-    known = inspect.signature(DistributedDataParallel).parameters
-    quiet: dict[str, Any] = {
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-    }
-    return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True, **quiet)
-
-
-def layout(model: nn.Module, world: World, config: TrainConfig, tokens: int, total_steps: int) -> str:
-    """One line: what runs where, and what is derived from the global batch."""
-    parameters = sum(p.numel() for p in model.parameters())
+def report(config: TrainConfig, progress: Progress, steps: Steps, data: dict[str, Dataset]) -> None:
+    """Rank 0 logs: warnings, what the data is and what was truncated, and what runs where."""
+    state, world, log = progress.state, progress.world, progress.log
+    if not world.is_main:
+        return
+    if state.step >= progress.total_steps:
+        log.say(f"nothing is left to do: {progress.total_steps} steps are done")
+    if warning := progress.stop_time.too_long(config.checkpoint.grace_s):
+        log.say(warning)
+    overflows = overflows_in_fp16(config.model.path)
+    for warning in warnings(config.precision, world.device, overflows_in_fp16=overflows):
+        log.say(warning)
+    log.say(f"train: {steps.describe()}")
+    for split, dataset in data.items():
+        for line in dataset.store.meta["report"]:
+            log.say(f"{split}: {', '.join(dataset.files)}: {line}")
+    parameters = sum(p.numel() for p in state.model.parameters())
     free = shutil.disk_usage(config.run_dir).free / 1e9
-    return (
+    log.say(
         f"{parameters / 1e6:.1f} M parameters, {config.precision}, {world.size} x {world.device.type};"
-        f" {total_steps} steps of {config.batch_size} rows, at most {tokens} tokens a device at once;"
-        f" checkpoints of {checkpoints.checkpoint_bytes(parameters) / 1e9:.2f} GB, {free:.0f} GB free"
+        f" {progress.total_steps} steps of {config.batch_size} rows, at most {steps.max_tokens} padded tokens"
+        f" per micro-batch; checkpoints of {checkpoint_bytes(parameters) / 1e9:.2f} GB, {free:.0f} GB free"
     )

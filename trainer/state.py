@@ -1,7 +1,12 @@
-"""TrainState: all that changes while a run goes on. Everything else is a function of the step."""
+"""Everything that changes during a run: the model and its counters, and what hooks see. All else is a
+function of the step.
+"""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,60 +14,56 @@ import numpy as np
 import torch
 from torch import nn
 
-
-@dataclass
-class Place:
-    """Where a rank is, for the thread that watches it. order grows within a step: who is behind?"""
-
-    step: int = 0
-    doing: str = "starting"
-    order: float = 0.0
-    ticks: int = 0  # signs of life
-    trained: bool = False  # a step, in this process
-
-    def at(self, doing: str, order: float) -> None:
-        self.doing, self.order, self.ticks = doing, order, self.ticks + 1
-
-    def tick(self) -> None:
-        """Still at it."""
-        self.ticks += 1
+from plainloop.data.samplers import order_digest
+from plainloop.data.types import StepBatch
+from plainloop.trainer.distributed.deadline import StopTime
+from plainloop.trainer.distributed.watchdog import Heartbeat
+from plainloop.trainer.distributed.world import World
+from plainloop.trainer.run_folder.log import Log
 
 
 @dataclass
 class TrainState:
-    """model is the bare module; wrapped is what forward passes go through (DDP, compiled, or the same).
+    """model is the bare module; ddp_model runs the forward passes (DDP, compiled, or the same module).
 
-    The tensors below live on the device and are read only when a line is logged: loss_sum (fp64, this rank's
-    share since the last line), grad_norm (of the last step), and of skipped steps the current run, the
-    longest run and the total. loss_count is what loss_sum, over all ranks, is to be divided by. order is the
-    running digest of the rows of every global batch since step order_since; rows are those of the last one.
+    The tensors below stay on the device and are read only when a line is logged: loss_sum (fp64, this rank's
+    share since the last line), grad_norm (of the last step), and nonfinite_* (skipped steps: the current
+    streak, the longest streak, the total). loss_count is what loss_sum, summed over all ranks, is divided by.
+    order is the running digest of the rows of every global batch since step order_since; rows are those of
+    the last batch.
     """
 
     model: nn.Module
-    wrapped: nn.Module
+    ddp_model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     device: torch.device
-    place: Place = field(default_factory=Place)
-    step: int = 0  # steps that are done
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    step: int = 0  # completed steps
     order: str = ""
     order_since: int = 0
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     loss_count: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    stop: str | None = None  # why to stop at this boundary
+    stop: str | None = None  # the reason to stop at this boundary
     loss_sum: torch.Tensor = field(init=False)
     grad_norm: torch.Tensor = field(init=False)
-    nonfinite_run: torch.Tensor = field(init=False)
+    nonfinite_streak: torch.Tensor = field(init=False)
     nonfinite_worst: torch.Tensor = field(init=False)
     nonfinite_total: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
-        self.nonfinite_run = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.nonfinite_streak = torch.zeros((), dtype=torch.int64, device=self.device)
         self.nonfinite_worst = torch.zeros((), dtype=torch.int64, device=self.device)
         self.nonfinite_total = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def step_done(self, rows: np.ndarray) -> None:
+        """Count a step that trained on these rows (of all ranks, in order)."""
+        self.step += 1
+        self.heartbeat.step, self.heartbeat.trained = self.step, True
+        self.rows, self.order = rows, order_digest(self.order, rows)
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """Optimizer state as '<parameter>/<key>' -> tensor."""
@@ -73,7 +74,7 @@ class TrainState:
         }
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse. Raises ValueError for a tensor that belongs to no parameter."""
+        """Inverse of optimizer_tensors. Raises ValueError for a tensor that belongs to no parameter."""
         parameters = dict(self.model.named_parameters())
         states: dict[str, dict[str, torch.Tensor]] = {}
         for path, tensor in tensors.items():
@@ -83,3 +84,79 @@ class TrainState:
             states.setdefault(name, {})[key] = tensor.to(parameters[name].device)
         for name, state in states.items():
             self.optimizer.state[parameters[name]] = state
+
+
+@dataclass
+class Traffic:
+    """Counts since the start of this process, over all ranks."""
+
+    examples: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    waiting_s: float = 0.0  # for data, on this rank
+
+    def receive(self, batches: Iterator[StepBatch]) -> StepBatch:
+        """Return the next batch; time the wait and count what is in it."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waiting_s += time.perf_counter() - asked
+        self.examples += batch.examples
+        self.tokens += batch.tokens
+        self.padded_tokens += batch.padded_tokens
+        return batch
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per activity, so that evaluating and saving do not count as training."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def time(self, name: str, action: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return action()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass
+class Progress:
+    """What hooks see at a step boundary, after `state.step` of `total_steps` steps.
+
+    log: console, metrics.jsonl and TensorBoard; only rank 0 writes. stopwatch: time that hooks spend.
+    stop_time: how long a stop takes, measured.
+    """
+
+    state: TrainState
+    total_steps: int
+    steps_per_epoch: int
+    log: Log
+    world: World
+    stop_time: StopTime = field(default_factory=StopTime)
+    traffic: Traffic = field(default_factory=Traffic)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def due(self, every_steps: int | None, *, first: bool = False, last: bool = True) -> bool:
+        """Is an action due now that runs every `every_steps` (None: once per epoch)? See `due`."""
+        every = self.steps_per_epoch if every_steps is None else every_steps
+        return due(self.state.step, every, self.total_steps, first=first, last=last)
+
+
+def due(step: int, every: int, total: int, *, first: bool = False, last: bool = True) -> bool:
+    """Is a periodic action due after `step` steps? every 0: only at step 0 (first) and the end (last)."""
+    if step in (0, total):
+        return first if step == 0 else last
+    return every > 0 and step % every == 0
+
+
+def best_step(evaluations: list[dict[str, Any]], metric: str) -> int | None:
+    """Return the step of the best evaluation (earliest on ties; NaN is never best), or None."""
+    sign = -1 if metric.endswith("loss") else 1
+    values = [(sign * record[metric], -record["step"]) for record in evaluations if metric in record]
+    ranked = [pair for pair in values if math.isfinite(pair[0])]
+    return -max(ranked)[1] if ranked else None

@@ -1,9 +1,9 @@
-"""Decoding and scoring of the whole dev set: python tests/bench/decode.py [NUM_BEST].
+"""Decode and score the whole dev set: python tests/bench/decode.py [NUM_BEST].
 
 Needs PLAINLOOP_REAL_DATA.
 
-12,134 windows of synthetic logits through our evaluation, against the n-best loop over single examples that
-is common in example scripts (top 20 starts x top 20 ends in Python). And the start-up time of --help.
+12,134 windows of synthetic logits: our evaluation compared with the n-best loop over single examples that is
+common in example scripts (top 20 starts x top 20 ends in Python). Also the start-up time of --help.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import setup
 
 
 def loop_over_examples(logits: list[np.ndarray], store: Any, examples: list[Any]) -> dict[str, str]:
-    """The common way: pairs of the 20 best starts and ends, sorted, the 20 best as texts with softmax."""
+    """The common way: sort all pairs of the 20 best starts and ends; softmax over the 20 best texts."""
     predictions = {}
     windows_of: dict[int, list[int]] = {}
     for window, owner in enumerate(store.arrays["example"]):
@@ -42,39 +43,34 @@ def loop_over_examples(logits: list[np.ndarray], store: Any, examples: list[Any]
         texts = [example.context[c["offsets"][0] : c["offsets"][1]] for c in best] or [""]
         scores = np.array([c["score"] for c in best] or [0.0])
         weights = np.exp(scores - scores.max())
-        list(zip(texts, weights / weights.sum(), strict=True))  # what the n-best file holds
+        list(zip(texts, weights / weights.sum(), strict=True))  # the contents of the n-best file
         predictions[example.id] = "" if null > scores[0] else texts[0]
     return predictions
 
 
 def synthetic_logits(random: np.random.Generator, windows: int, length: int) -> np.ndarray:
-    """(B, L, 2): noise and, as a trained model has it, one likely place in each window."""
+    """(B, L, 2): noise plus, as from a trained model, one likely position in each window."""
     centre = random.integers(10, max(11, length - 10), size=(windows, 1))
     hill = 6 * np.exp(-(((np.arange(length) - centre) / 8) ** 2) / 2)
     return (random.normal(size=(windows, length, 2)) + hill[:, :, None]).astype(np.float32)
 
 
 def main() -> None:
-    from plainloop.data.answers import Spans
-    from plainloop.data.samplers import deal
-    from plainloop.data.squad import read_squad
-    from plainloop.trainer.config import DataConfig, EvaluationConfig, ModelConfig, TextConfig
-    from plainloop.trainer.demo import packaged_encoder
-    from plainloop.trainer.distributed import world_from_env
-    from plainloop.trainer.evaluate import decode_logits, evaluate_spans
-    from plainloop.trainer.metrics import normalize_answer, squad_scores
-    from plainloop.trainer.tasks import make_task
+    from plainloop.data.readers.squad import read_squad
+    from plainloop.data.samplers import shard_evaluation
+    from plainloop.data.span_answers import Spans, best_spans
+    from plainloop.trainer.config.options import EvaluationConfig
+    from plainloop.trainer.tasks.metrics import normalize_answer, squad_scores
+    from plainloop.trainer.tasks.span import score_spans
 
     path = str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "squad2/dev-v2.0.full-rebuilt.json")
-    if "TINY" in os.environ:  # a small file, to see that it runs
+    if "TINY" in os.environ:  # smoke test: a small file
         path = str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "xquad/xquad.en.json")
     examples = read_squad(path)
     with tempfile.TemporaryDirectory() as cache:
-        model = ModelConfig(path=packaged_encoder())
-        data, world = DataConfig(cache_dir=cache), world_from_env("cpu")
-        store = make_task("span", model, data, TextConfig(), world).prepare("dev", path)
+        store = setup(cache, file=path, split="dev", limit=None).data.store
         random = np.random.default_rng(0)
-        batches = deal(np.arange(len(store)), store.lengths, world_size=1, tokens=8192)[0]
+        batches = shard_evaluation(np.arange(len(store)), store.lengths, world_size=1, max_tokens=8192)[0]
         padded = [synthetic_logits(random, len(rows), int(store.lengths[rows].max())) for rows in batches]
         alone: list[Any] = [None] * len(store)
         for rows, block in zip(batches, padded, strict=True):
@@ -86,17 +82,18 @@ def main() -> None:
             normalize_answer.cache_clear()
             started = time.perf_counter()
             parts = [
-                decode_logits(block, rows, store, config) for rows, block in zip(batches, padded, strict=True)
+                best_spans(block, rows, store, num_best=max(1, config.num_best))
+                for rows, block in zip(batches, padded, strict=True)
             ]
             spans = Spans(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-            result = evaluate_spans((spans, 0.0), examples, store, config=config)
+            result = score_spans(spans, examples, store, config)
             seconds["ours"].append(time.perf_counter() - started)
             normalize_answer.cache_clear()
             started = time.perf_counter()
             predictions = loop_over_examples(alone, store, examples)
             squad_scores(examples, predictions)
             seconds["loop"].append(time.perf_counter() - started)
-        assert result is not None
+        assert len(result.files["predictions.json"]) == len(examples)
         ours, loop = (statistics.median(seconds[name]) for name in ("ours", "loop"))
         print(f"{len(store)} windows, decoded and scored: ours {ours:.2f} s (target 1.5), loop {loop:.2f} s")
         print(f"ratio {loop / ours:.1f} (target 10)")

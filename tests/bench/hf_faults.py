@@ -1,9 +1,9 @@
-"""What HF Trainer does with the faults that tests/e2e and tests/trainer do to plainloop. A line a fault.
+"""How HF Trainer handles the faults that tests/e2e and tests/trainer inject into plainloop, one line each.
 
 python tests/bench/hf_faults.py
 
-A tiny BERT, 20 steps, a checkpoint every 5. The faults are done to the checkpoint of step 10, from which a
-second process resumes; its final weights are compared with those of a run that was left alone.
+A tiny BERT, 20 steps, a checkpoint every 5. Each fault is injected into the checkpoint of step 10, from
+which a second process resumes; its final weights are compared with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ FAULTS = {
 
 
 def sigterm_to_one_rank(folder: Path, mode: str, skew_s: float | None) -> str:
-    """Two ranks under torchrun; SIGTERM to rank 0, and after skew_s to rank 1."""
+    """Two ranks under torchrun; SIGTERM to rank 0 and, if skew_s is given, to rank 1 skew_s later."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.Popen(
         [*line, __file__, "worker", str(folder), "400", mode],
@@ -121,7 +121,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp())
     run(root / "whole", STEPS)
     run(root / "half", STEPS // 2)
-    tiny = "TINY" in os.environ  # one fault, to see that it runs
+    tiny = "TINY" in os.environ  # smoke test: one fault
     for name, (file, damage) in list(FAULTS.items())[: 1 if tiny else None]:
         folder = root / "resumed"
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""Two processes against one, a thread each: python tests/bench/scaling.py (real data as in speed.py).
+"""Speedup of two processes over one, one thread each: python tests/bench/scaling.py (data as in speed.py).
 
-Paired step by step, since a machine's speed drifts: under torchrun with two processes, rank 0 alone trains
-a global batch while rank 1 sleeps, then both train the same global batch through DDP, and so on. MiniLM,
-precision as `plainloop train` chooses it; a batch of 16 rows, where 90 MB of gradients and the optimizer's
-step weigh most, and one of 64. TINY=1: a few rows, to see that it runs.
+Paired step by step, since a machine's speed drifts: under torchrun with two processes, rank 0 alone trains on
+a global batch while rank 1 waits, then both train on the same global batch with DDP, and so on. MiniLM,
+precision as `plainloop train` chooses it; batches of 16 rows, where the 90 MB of gradients and the optimizer
+step weigh most, and of 64. TINY=1: smoke test with a few rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from common import precision_of, setup
+from common import setup
 from speed import LR
 
 TINY = "TINY" in os.environ
@@ -26,36 +26,24 @@ WARMUP, STEPS, LIMIT = (1, 2, 40) if TINY else (2, 16, 4000)
 
 
 def measure(cache: str, batch_size: int) -> None:
-    """All ranks. Rank 0's last line: seconds of each step alone, and of the same step together."""
+    """All ranks. Rank 0 prints as its last line the seconds of each step, alone and together."""
     import torch.distributed as dist
 
-    from plainloop.trainer.config import OptimConfig
-    from plainloop.trainer.distributed import process_group
+    from plainloop.trainer.distributed.world import process_group
     from plainloop.trainer.loop import StepOptions, train_step
-    from plainloop.trainer.optim import make_optimizer
-    from plainloop.trainer.precision import make_scaler
-    from plainloop.trainer.run import wrap
-    from plainloop.trainer.state import TrainState
 
-    task, windows, path = setup(cache, threads=1, limit=LIMIT)
-    precision = precision_of(task, path)
-    both = task.world
+    bench = setup(cache, threads=1, limit=LIMIT)
+    task, both, precision = bench.task, bench.world, bench.precision
     alone = dataclasses.replace(both, rank=0, size=1)
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
     with process_group(both, timeout_s=300):
-        networks = {"alone": task.load_model(path, new_head=True).train()}
+        networks = {"alone": bench.model()}
         networks["together"] = copy.deepcopy(networks["alone"])
         states, options, sources = {}, {}, {}
         for name, world in (("alone", alone), ("together", both)):
-            network = networks[name]
-            states[name] = TrainState(
-                network, wrap(network, world, compile_it=False), make_optimizer(network, OptimConfig(lr=LR)),
-                make_scaler(precision, world.device), world.device,
-            )  # fmt: skip
+            states[name] = bench.state(networks[name], world=world, lr=LR)
             options[name] = StepOptions(task.loss_sum, lambda _: LR, world, 1, precision, 1.0)
-            whole = task.steps(windows, batch_size=batch_size, seed=1, tokens=4096)
-            whole.world_size, whole.rank = world.size, world.rank
-            sources[name] = whole
+            sources[name] = bench.steps(batch_size, world=world)
         for step in range(WARMUP + STEPS):
             for name in ("alone", "together") if step % 2 else ("together", "alone"):
                 batch = sources[name][step]

@@ -1,13 +1,17 @@
-"""Training speed where you are, paired in one run: python tests/bench/speed.py [--device cuda] [--model NAME]
+"""Paired training speed on this machine: python tests/bench/speed.py [--device cuda] [--model NAME]
 
-(a) HF Trainer with padding to 384; (b) HF Trainer at its best: dynamic padding, batches grouped by length,
-fused AdamW; (b+) on a CPU: the same with our dropout, to tell what is the loop's and what is dropout's; ours;
-ours compiled (on a CPU with --compiled); (c) a bare loop over the batches that our sampler makes, collated
-beforehand: the ceiling. Batch 16, precision as `plainloop train` chooses it, on a CPU 2 threads; each in a
-process of its own, in turns; medians over the rounds. MFU: the operations of matrix products and attention,
-as torch counts them, against the speed of a large matrix product on the same device.
+a         HF Trainer with padding to 384
+b         HF Trainer at its best: dynamic padding, batches grouped by length, fused AdamW
+b+        b with our dropout, to separate the gain of the loop from that of dropout (on a CPU only)
+ours      plainloop
+compiled  plainloop with torch.compile (on a CPU only with --compiled)
+c         a bare loop over our sampler's batches, collated beforehand: the upper bound
 
-Data is the real SQuAD subset in PLAINLOOP_REAL_DATA, or else the demo's generated corpus.
+Batch size 16, precision as `plainloop train` chooses it, 2 threads on a CPU. Variants are interleaved, each
+in its own process; medians over the rounds. MFU: FLOP/s of matrix products and attention, as torch counts
+them, relative to the speed of a large matrix product on the same device.
+
+Data: the real SQuAD subset in PLAINLOOP_REAL_DATA, or the demo's generated corpus if that is not set.
 """
 
 from __future__ import annotations
@@ -22,15 +26,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import precision_of, settle, setup, show_ratios
+from common import settle, setup, show_ratios
 
 BATCH, WARMUP, LR = 16, 4, 1e-4
-STEPS = {"a": 6, "b": 50, "b+": 50, "ours": 32, "compiled": 32, "c": 32}  # b: a whole cycle of its groups
+STEPS = {"a": 6, "b": 50, "b+": 50, "ours": 32, "compiled": 32, "c": 32}  # b: one full cycle of its groups
 
 
 def measured(name: str, device: Any, tokens: int, examples: int, seconds: float, **more: Any) -> None:
-    """The child's last line: what the parent reads."""
-    from plainloop.trainer.device import peak_memory_gb
+    """Print the child's last line, which the parent parses."""
+    from plainloop.trainer.distributed.device import peak_memory_gb
 
     values = {
         "name": name, "tokens_per_s": tokens / seconds, "examples_per_s": examples / seconds,
@@ -40,7 +44,7 @@ def measured(name: str, device: Any, tokens: int, examples: int, seconds: float,
 
 
 def hugging_face(name: str, steps: int, where: dict[str, Any]) -> None:
-    """(a), (b) and (b+). Non-padding tokens are counted from the attention masks that reach the model."""
+    """Run a, b or b+. Non-padding tokens are counted from the attention masks passed to the model."""
     import torch
     from transformers import (
         AutoModelForQuestionAnswering,
@@ -50,10 +54,11 @@ def hugging_face(name: str, steps: int, where: dict[str, Any]) -> None:
         TrainingArguments,
     )
 
-    from plainloop.models.cpu import speed_up_dropout
+    from plainloop.models.cpu_dropout import speed_up_dropout
 
-    task, windows, path = setup(**where)
-    device, precision = task.world.device, precision_of(task, path)
+    bench = setup(**where)
+    task, windows, path = bench.task, bench.data.store, bench.path
+    device, precision = bench.world.device, bench.precision
     padding = "max_length" if name == "a" else True
     label, segment = windows.arrays["label"], windows.arrays["segment"]
     rows = [
@@ -97,29 +102,22 @@ def hugging_face(name: str, steps: int, where: dict[str, Any]) -> None:
 
 
 def ours(name: str, steps: int, where: dict[str, Any]) -> None:
-    """The real program: plainloop's fit with its loader and its log, or (c), the bare loop on the same
-    batches.
-    """
+    """Run plainloop's fit with its loader and log, or c, the bare loop on the same batches."""
     import torch
 
     from plainloop.data.loader import step_batches
-    from plainloop.trainer.config import OptimConfig
-    from plainloop.trainer.deadline import StopTime
-    from plainloop.trainer.hooks import LogLine, Stopwatch
-    from plainloop.trainer.log import Log
-    from plainloop.trainer.loop import Progress, StepOptions, fit
-    from plainloop.trainer.optim import make_optimizer
-    from plainloop.trainer.precision import autocast, make_scaler
-    from plainloop.trainer.run import wrap
-    from plainloop.trainer.state import TrainState
+    from plainloop.trainer.hooks import LogLine
+    from plainloop.trainer.loop import StepOptions, fit
+    from plainloop.trainer.precision import autocast
+    from plainloop.trainer.run_folder.log import Log
+    from plainloop.trainer.state import Progress
 
-    task, windows, path = setup(**where)
-    world, device, precision = task.world, task.world.device, precision_of(task, path)
+    bench = setup(**where)
+    task, world, device, precision = bench.task, bench.world, bench.world.device, bench.precision
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = task.load_model(path, new_head=True).to(device).train()
-        source = task.steps(windows, batch_size=BATCH, seed=1, tokens=4096)
-        optimizer = make_optimizer(model, OptimConfig(lr=LR))
+        model, source = bench.model(), bench.steps(BATCH)
+        state = bench.state(model, compile_it=name == "compiled", lr=LR)
         batches = [source[i] for i in range(WARMUP + steps)]
         total, examples = (sum(getattr(b, k) for b in batches[WARMUP:]) for k in ("tokens", "examples"))
         flops = flops_of(model, batches[WARMUP:], task, device)
@@ -134,22 +132,21 @@ def ours(name: str, steps: int, where: dict[str, Any]) -> None:
                         )
                         with autocast(precision, device):
                             logits = model(**inputs)
-                        (task.loss_sum(logits, labels) / batch.divisor).backward()
+                        (task.loss_sum(logits, labels) / batch.num_targets).backward()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    state.optimizer.step()
+                    state.optimizer.zero_grad()
         else:
-            wrapped = wrap(model, world, compile_it=name == "compiled")
-            state = TrainState(model, wrapped, optimizer, make_scaler(precision, device), device)
-            log, watch = Log(Path(folder), enabled=world.is_main, tensorboard=True), Stopwatch()
+            log = Log(Path(folder), enabled=world.is_main, tensorboard=True)
             log.start(0, WARMUP + steps, ())
             options = StepOptions(task.loss_sum, lambda _: LR, world, 1, precision, 1.0)
-            line = LogLine(log, 10, watch, options.lr, StopTime())
+            line = LogLine(10, options.lr)
 
             def run(first: int, last: int) -> None:
                 pin = device.type == "cuda"
                 loader = step_batches(source, start=first, total=last, workers=0, pin=pin)
-                fit(Progress(state, last, source.sampler.steps_per_epoch), loader, [line], options)
+                progress = Progress(state, last, source.sampler.steps_per_epoch, log, world)
+                fit(progress, loader, [line], options)
 
         run(0, WARMUP)
         started = settle(device)
@@ -159,7 +156,7 @@ def ours(name: str, steps: int, where: dict[str, Any]) -> None:
 
 
 def flops_of(model: Any, batches: list[Any], task: Any, device: Any) -> int:
-    """Of forward and backward of these batches: one batch counted by torch, the others by their tokens."""
+    """FLOPs of forward and backward of these batches: torch's count for one, scaled by tokens."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -175,14 +172,14 @@ def flops_of(model: Any, batches: list[Any], task: Any, device: Any) -> int:
 
 
 def peak(where: dict[str, Any]) -> None:
-    """The speed of a large matrix product in the formats that matter."""
+    """Measure the speed of a large matrix product in the chosen precision."""
     import torch
 
-    from plainloop.trainer.device import device_name
+    from plainloop.trainer.distributed.device import device_name
     from plainloop.trainer.precision import product_seconds
 
-    task, _, path = setup(**where)
-    device, precision = task.world.device, precision_of(task, path)
+    bench = setup(**where)
+    device, precision = bench.world.device, bench.precision
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     size = 8192 if device.type == "cuda" else 2048
     flops = 2 * size**3 / product_seconds(dtype, device, size=size)
@@ -191,7 +188,7 @@ def peak(where: dict[str, Any]) -> None:
 
 
 def child(name: str, steps: int, where: dict[str, Any]) -> dict[str, Any]:
-    """Measure one of them in a process of its own."""
+    """Measure one variant in its own process."""
     line = [sys.executable, __file__, "--child", name, str(steps), json.dumps(where)]
     environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(line, capture_output=True, text=True, env=environment)
@@ -210,7 +207,7 @@ def compare(rounds: int, steps: dict[str, int], where: dict[str, Any]) -> None:
     )
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in steps}
     for number in range(rounds):
-        for name in steps if number % 2 == 0 else reversed(steps):  # so that a slow minute hits all alike
+        for name in steps if number % 2 == 0 else reversed(steps):  # a slow phase affects all variants alike
             results[name].append(child(name, steps[name], where))
             print(f"round {number + 1}: " + show(results[name][-1]), flush=True)
     for name, found in results.items():
@@ -239,9 +236,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", help="folder or hub name of an encoder; default: the demo's MiniLM")
-    parser.add_argument("--compiled", action="store_true", help="on a CPU too, where it takes minutes")
+    parser.add_argument("--compiled", action="store_true", help="include compiled on a CPU (takes minutes)")
     parser.add_argument(
-        "--tiny", action="store_true", help="two steps each on 40 questions, to see that it runs"
+        "--tiny", action="store_true", help="smoke test: two steps of each variant on 40 questions"
     )
     given = parser.parse_args()
     names = [n for n in STEPS if n != "b+" or given.device == "cpu"]

@@ -1,4 +1,4 @@
-"""Each benchmark, for one tiny round: that it runs, whatever it measures."""
+"""Smoke test of each benchmark: one tiny round; the measured values don't matter."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# What each one prints at the end of its work.
+# What each benchmark prints last.
 LAST = {
     "speed.py": r"ours / c = \d",
     "text.py": r"ours / b\+ = \d",
@@ -21,13 +21,13 @@ LAST = {
 }
 
 
-def test_none_is_forgotten() -> None:
+def test_every_benchmark_is_listed() -> None:
     assert {path.name for path in HERE.glob("*.py")} - {Path(__file__).name, "common.py"} == set(LAST)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAST)
-def test_a_tiny_round_of(name: str, real_data: Path, minilm: str) -> None:
+def test_tiny_round(name: str, real_data: Path, minilm: str) -> None:
     line = [sys.executable, str(HERE / name), *(["--tiny"] if name == "speed.py" else [])]
     result = subprocess.run(
         line,

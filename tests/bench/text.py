@@ -1,14 +1,14 @@
-"""Task text against transformers' Seq2SeqTrainer: python tests/bench/text.py [speed|generate ...]
+"""Task text compared with transformers' Seq2SeqTrainer: python tests/bench/text.py [speed|generate ...]
 
-Needs PLAINLOOP_REAL_DATA. A T5 of 3 + 3 layers (d_model 256) with random weights and the real vocabulary.
+Needs PLAINLOOP_REAL_DATA. A T5 with 3 + 3 layers (d_model 256), random weights and the real vocabulary.
 
-speed     non-padding tokens/s, precision as `plainloop train` chooses it, batch 16, 2 threads, each in a
-          process of its own, in turns: (a) Seq2SeqTrainer with padding to max_length 512; (b) at its best:
-          dynamic padding, grouped by length, fused AdamW; (b+) the same with our CPU dropout; ours. SQuAD 2.0
-          as text, 4,000 questions.
+speed     non-padding tokens/s on SQuAD 2.0 as text, 4,000 questions. a: Seq2SeqTrainer with padding to
+          max_length 512; b: at its best, with dynamic padding, grouping by length and fused AdamW; b+: b with
+          our CPU dropout; ours. Precision as `plainloop train` chooses it, batch size 16, 2 threads; variants
+          are interleaved, each in its own process.
 generate  252 questions of CausalQA: the usual loop (padded to 1024, unsorted, batches of 8) and ours.
 
-TINY=1: a few rows and one round, to see that it runs.
+TINY=1: smoke test with a few rows and one round.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-from common import show_ratios
+from common import Bench, show_ratios
 
 TINY = "TINY" in os.environ
 BATCH, WARMUP, LR = 16, 4, 1e-4
@@ -48,28 +49,15 @@ def write_model(folder: str) -> None:
 
 
 def setup(
-    folder: str, path: str, *, limit: int | None = None, source: int = 512, dropout: float | None = None
-) -> Any:
-    """(task, rows) of ours."""
-    import torch
-
-    from plainloop.trainer.config import DataConfig, ModelConfig, TextConfig
-    from plainloop.trainer.distributed import world_from_env
-    from plainloop.trainer.tasks import make_task
-
-    torch.set_num_threads(2)
+    folder: str, path: str, *, limit: int | None = None, source: int = 512, dropout: float | None = None,
+    split: str = "train",
+) -> Bench:  # fmt: skip
+    """Our task and its rows."""
     null = "unanswerable" if path.endswith(".json") else ""
-    task: Any = make_task(
-        "text", ModelConfig(path=folder, dropout=dropout), DataConfig(cache_dir=f"{folder}/cache"),
-        TextConfig(max_source_length=source, null_target=null), world_from_env("cpu"),
+    return common.setup(
+        f"{folder}/cache", model=folder, limit=limit, file=path, split=split, dropout=dropout,
+        max_source_length=source, null_target=null,
     )  # fmt: skip
-    return task, task.prepare("train", path, limit=limit)
-
-
-def precision_of(task: Any) -> str:
-    from plainloop.trainer.precision import choose_precision
-
-    return choose_precision(task.world.device, overflows_in_fp16=True)[0]
 
 
 def as_features(rows: Any, order: Any) -> list[dict[str, Any]]:
@@ -85,7 +73,7 @@ def as_features(rows: Any, order: Any) -> list[dict[str, Any]]:
 def trainer_for(
     model: Any, folder: str, features: list[Any], collate: Any, *, correct: bool = False, **options: Any
 ) -> Any:
-    """A Seq2SeqTrainer; correct: the loss is a sum, divided by the target tokens of the whole step."""
+    """A Seq2SeqTrainer. correct: divide the summed loss by the target tokens of the whole step."""
     import torch
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -109,14 +97,14 @@ def trainer_for(
         train_dataset=features,
         compute_loss_func=summed if correct else None,
     )
-    if "max_grad_norm" in options:  # comparisons of numbers keep the order
+    if "max_grad_norm" in options:  # numerical comparisons keep the order of rows
         trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(features)
     trainer.bench_losses = losses
     return trainer
 
 
 def padder(task: Any, *, width: int | None = None, decoder: bool = False, counts: Any = None) -> Any:
-    """A collator as transformers has it: padded to the longest, or to the given width, targets to 100."""
+    """A collator like transformers': pad to the longest row, or to the given width and targets to 100."""
 
     def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
@@ -141,17 +129,17 @@ def padder(task: Any, *, width: int | None = None, decoder: bool = False, counts
 
 
 def speed_child(name: str, folder: str) -> None:
-    """Prints tokens/s and the peak memory as JSON."""
+    """Print tokens/s and the peak memory as JSON."""
     import resource
 
-    task, rows = setup(folder, data("squad2/train-v2.0.subset.json"), limit=LIMIT)
-    steps = STEPS[name]
+    bench = setup(folder, data("squad2/train-v2.0.subset.json"), limit=LIMIT)
+    task, rows, steps = bench.task, bench.data.store, STEPS[name]
     if name == "ours":
-        tokens, seconds = run_ours(task, rows, folder, steps)
+        tokens, seconds = run_ours(bench, folder, steps)
     else:
         from transformers import AutoModelForSeq2SeqLM, TrainerCallback
 
-        from plainloop.models.cpu import speed_up_dropout
+        from plainloop.models.cpu_dropout import speed_up_dropout
 
         counts: dict[str, float] = {"tokens": 0, "start": 0.0, "seconds": 0.0}
 
@@ -167,7 +155,7 @@ def speed_child(name: str, folder: str) -> None:
         trainer = trainer_for(
             model, folder, as_features(rows, range(len(rows))),
             padder(task, width=512 if name == "a" else None, counts=counts),
-            bf16=precision_of(task) == "bf16",
+            bf16=bench.precision == "bf16",
             per_device_train_batch_size=BATCH, max_steps=WARMUP + steps, optim="adamw_torch_fused",
             train_sampling_strategy="random" if name == "a" else "group_by_length", logging_steps=50,
         )  # fmt: skip
@@ -178,22 +166,22 @@ def speed_child(name: str, folder: str) -> None:
     print(json.dumps({"name": name, "tokens_per_s": tokens / seconds, "peak_gb": peak}), flush=True)
 
 
-def run_ours(task: Any, rows: Any, folder: str, steps: int) -> tuple[float, float]:
-    """The real loop with its loader and log: non-padding tokens, seconds."""
+def run_ours(bench: Bench, folder: str, steps: int) -> tuple[float, float]:
+    """Run the real loop with its loader and log; return non-padding tokens and seconds."""
     from plainloop.data.loader import step_batches
-    from plainloop.trainer.deadline import StopTime
-    from plainloop.trainer.hooks import LogLine, Stopwatch
-    from plainloop.trainer.log import Log
-    from plainloop.trainer.loop import Progress, fit
+    from plainloop.trainer.hooks import LogLine
+    from plainloop.trainer.loop import fit
+    from plainloop.trainer.run_folder.log import Log
+    from plainloop.trainer.state import Progress
 
-    state, options, source = our_state(task, rows, folder, precision=precision_of(task))
-    log = Log(Path(folder), enabled=True, tensorboard=False)
+    state, options, source = our_state(bench, precision=bench.precision)
+    log, line = Log(Path(folder), enabled=True, tensorboard=False), LogLine(10, options.lr)
     log.start(0, WARMUP + steps, ())
-    line = LogLine(log, 10, Stopwatch(), options.lr, StopTime())
 
     def run(first: int, last: int) -> None:
         loader = step_batches(source, start=first, total=last, workers=0, pin=False)
-        fit(Progress(state, last, source.sampler.steps_per_epoch), loader, [line], options)
+        progress = Progress(state, last, source.sampler.steps_per_epoch, log, bench.world)
+        fit(progress, loader, [line], options)
 
     run(0, WARMUP)
     started = time.perf_counter()
@@ -202,21 +190,11 @@ def run_ours(task: Any, rows: Any, folder: str, steps: int) -> tuple[float, floa
     return sum(source[i].tokens for i in range(WARMUP, WARMUP + steps)), seconds
 
 
-def our_state(
-    task: Any, rows: Any, folder: str, *, precision: str, tokens: int = 4096, bucket: int | None = None
-) -> Any:
-    from plainloop.trainer.config import OptimConfig
+def our_state(bench: Bench, *, precision: str) -> Any:
     from plainloop.trainer.loop import StepOptions
-    from plainloop.trainer.optim import make_optimizer
-    from plainloop.trainer.precision import make_scaler
-    from plainloop.trainer.state import TrainState
 
-    model = task.load_model(folder, new_head=True).train()
-    optimizer = make_optimizer(model, OptimConfig(lr=LR, weight_decay=0.0))
-    world = task.world
-    state = TrainState(model, model, optimizer, make_scaler(precision, world.device), world.device)
-    options = StepOptions(task.loss_sum, lambda _: LR, world, 1, precision, 1.0)
-    return state, options, task.steps(rows, batch_size=BATCH, seed=1, tokens=tokens)
+    options = StepOptions(bench.task.loss_sum, lambda _: LR, bench.world, 1, precision, 1.0)
+    return bench.state(bench.model(), lr=LR, weight_decay=0.0), options, bench.steps(BATCH)
 
 
 def speed(folder: str, rounds: int = ROUNDS) -> None:
@@ -239,13 +217,20 @@ def speed(folder: str, rounds: int = ROUNDS) -> None:
 def generation(folder: str, rounds: int = ROUNDS) -> None:
     import torch
 
-    from plainloop.trainer.generate import Setting, generate_texts
+    from plainloop.trainer.tasks.evaluation import EvaluationSettings
+    from plainloop.trainer.tasks.generation import generate_texts
 
-    task, _ = setup(folder, data("causalqa/squad2_valid_original_split.csv"), source=1024)
-    rows = task.prepare("dev", data("causalqa/squad2_valid_original_split.csv"))
+    file = data("causalqa/squad2_valid_original_split.csv")
+    bench = setup(folder, file, source=1024, split="dev")
+    task, rows = bench.task, bench.data.store
     count = 16 if TINY else len(rows)
-    model = task.load_model(folder, new_head=False).eval()
-    setting = Setting(task.world, "fp32", 8192, lambda: False)
+    model = bench.model().eval()
+    settings = EvaluationSettings(bench.world, "fp32", 8192, bench.config.evaluation)
+
+    def decode(ids: Any) -> list[str]:
+        texts = task.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
     seconds: dict[str, list[float]] = {"usual": [], "ours": []}
     for _ in range(rounds):
         started = time.perf_counter()
@@ -254,8 +239,8 @@ def generation(folder: str, rounds: int = ROUNDS) -> None:
             rows,
             task.collate(rows),
             np.arange(count),
-            setting,
-            decode=task._decode,
+            settings,
+            decode=decode,
             nulls=(),
             max_new_tokens=20,
             num_beams=1,

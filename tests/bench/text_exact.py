@@ -1,8 +1,8 @@
-"""Task text and transformers' Seq2SeqTrainer, number by number: python tests/bench/text_exact.py
+"""Numerical comparison of task text with transformers' Seq2SeqTrainer: python tests/bench/text_exact.py
 
-Needs PLAINLOOP_REAL_DATA. Model and data as in text.py; fp32, dropout off. First the gradient norm of 16
-rows with very unequal targets, for 1, 2 and 4 micro-batches; then 50 steps of ours and of a Seq2SeqTrainer
-whose loss is corrected, on the same batches.
+Needs PLAINLOOP_REAL_DATA. Model and data as in text.py; fp32, dropout off. First the gradient norm of 16 rows
+with very different target lengths, for 1, 2 and 4 micro-batches; then 50 steps of ours and of a
+Seq2SeqTrainer with a corrected loss, on the same batches.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from text import BATCH, TINY, as_features, data, our_state, padder, setup, train
 
 
 def norms(folder: str) -> None:
-    """One step on the same 16 rows. The trainer's norm should not depend on the accumulation either."""
+    """One step on the same 16 rows. The gradient norm should not depend on accumulation in either trainer."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
     from plainloop.trainer.loop import train_step
 
-    task, rows = setup(folder, data("causalqa/squad2_valid_original_split.csv"), dropout=0.0)
+    bench = setup(folder, data("causalqa/squad2_valid_original_split.csv"), dropout=0.0)
+    task, rows = bench.task, bench.data.store
     target = np.asarray(rows.arrays["target_length"])
     order = np.argsort(-target, kind="stable")
     chosen = np.concatenate([order[:4], order[-12:]])  # four long targets, then twelve short ones
@@ -35,17 +36,17 @@ def norms(folder: str) -> None:
                 per_device_train_batch_size=16 // steps, gradient_accumulation_steps=steps, max_grad_norm=1e9,
             )  # fmt: skip
             trainer.train()
-            name = "Seq2SeqTrainer, loss corrected" if correct else "Seq2SeqTrainer as it is"
+            name = "Seq2SeqTrainer, loss corrected" if correct else "unmodified Seq2SeqTrainer"
             norm = trainer.state.log_history[0]["grad_norm"]
             print(
                 f"{name}, accumulation {steps}: gradient norm {norm:.6f}",
                 flush=True,
             )
     for micro_batches in (1, 2, 4):
-        state, options, source = our_state(task, rows, folder, precision="fp32")
+        state, options, source = our_state(bench, precision="fp32")
         batch = source[0]._replace(
             micro_batches=[source.collate(part) for part in np.split(chosen, micro_batches)],
-            divisor=int(target[chosen].sum()),
+            num_targets=int(target[chosen].sum()),
         )
         train_step(state, batch, options)
         print(f"plainloop, {micro_batches} micro-batches: gradient norm {state.grad_norm.item():.6f}")
@@ -57,14 +58,15 @@ def curve(folder: str, steps: int = 4 if TINY else 50) -> None:
 
     from plainloop.trainer.loop import train_step
 
-    task, rows = setup(folder, data("squad2/train-v2.0.subset.json"), limit=BATCH * steps, dropout=0.0)
-    state, options, source = our_state(task, rows, folder, precision="fp32")
+    bench = setup(folder, data("squad2/train-v2.0.subset.json"), limit=BATCH * steps, dropout=0.0)
+    task, rows = bench.task, bench.data.store
+    state, options, source = our_state(bench, precision="fp32")
     ours = []
     for step in range(steps):
         state.loss_sum.zero_()
         batch = source[step]
         train_step(state, batch, options)
-        ours.append(state.loss_sum.item() / batch.divisor)
+        ours.append(state.loss_sum.item() / batch.num_targets)
     order = np.concatenate([source.sampler.batch(step) for step in range(steps)])
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dropout_rate=0.0)
     trainer = trainer_for(

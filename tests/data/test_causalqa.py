@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from plainloop.data.causalqa import COLUMNS, TextOptions, data_files, read_text, row_of_each_target
-from plainloop.data.types import InputError
+from plainloop.data.errors import InputError
+from plainloop.data.readers.causalqa import COLUMNS, TextOptions, data_files, read_text, row_of_each_target
 
 HEADER = ["id", "question", *COLUMNS[:1], "context", *COLUMNS[1:]]
 
@@ -28,19 +28,19 @@ def read(path: str, **options: str) -> list[tuple[str, str, tuple[str, ...], str
     return [(e.id, e.question + e.context, e.references, e.target) for e in rows]
 
 
-def test_cells_that_look_missing_are_text(tmp_path: Path) -> None:
+def test_cells_that_look_like_missing_values_are_text(tmp_path: Path) -> None:
     words = ["None", "NA", "nan", "null", "n/a", "N/A", "#N/A", "NULL"]
     path = write(tmp_path / "a.csv", *({"answer": w, "context_processed": w} for w in words))
     assert [(source, refs) for _, source, refs, _ in read(path)] == [(rf"why \n {w}", (w,)) for w in words]
     assert read(path)[0][0] == "000"  # an id is text
 
 
-def test_only_an_empty_context_is_no_context(tmp_path: Path) -> None:
+def test_only_an_empty_cell_means_no_context(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", {"context_processed": ""}, {"context_processed": "c" * 200_000})
     assert [source for _, source, _, _ in read(path)] == ["why", r"why \n " + "c" * 200_000]
 
 
-def test_references_are_never_one_target(tmp_path: Path) -> None:
+def test_joined_references_never_become_one_target(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.csv", {"answer": "Time\tSpace\tSpace", "answer_processed": "time\tspace\tspace"}
     )
@@ -66,7 +66,7 @@ def test_json_lines(tmp_path: Path) -> None:
         read(str(path))
 
 
-def test_bad_files_name_file_and_line(tmp_path: Path) -> None:
+def test_errors_name_the_file_and_line(tmp_path: Path) -> None:
     for content, message in (
         ("id\n1\n2\n", "ELI5"),
         ("id,question\n", "no question_processed, context_processed"),
@@ -108,7 +108,7 @@ def test_squad_as_text(squad_file: Path) -> None:
     assert unified[0].target == t5[0].target or not unified[0].references
 
 
-def test_the_real_files(real_data: Path) -> None:
+def test_real_files(real_data: Path) -> None:
     folder = real_data / "causalqa"
     for name, count in (("squad2_valid_original_split.csv", 252), ("squad1_extra_train.csv", 152)):
         rows = read_text([str(folder / name)], TextOptions())

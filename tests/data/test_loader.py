@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plainloop.data.loader import SpanCollate, Steps, step_batches
+from plainloop.data.loader import EncoderCollate, Steps, step_batches
 from plainloop.data.samplers import MULTIPLES, Sampler, few_widths
 from plainloop.data.store import Store, build
 from plainloop.data.types import IGNORE_INDEX
@@ -21,7 +21,7 @@ def store(path: Path) -> Store:
 
 
 def test_collate_by_hand(tmp_path: Path) -> None:
-    inputs, labels = SpanCollate(store(tmp_path), pad_token_id=0, max_length=16, segments=True)(
+    inputs, labels = EncoderCollate(store(tmp_path), pad_token_id=0, max_length=16, segments=True)(
         np.array([0, 2])
     )
     assert inputs["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [13, 14, 15, 16, 17, 0, 0, 0]]
@@ -32,19 +32,19 @@ def test_collate_by_hand(tmp_path: Path) -> None:
 
 def steps(path: Path, world_size: int, rank: int) -> Steps:
     data = store(path)
-    collate = SpanCollate(data, pad_token_id=0, max_length=16, segments=False)
+    collate = EncoderCollate(data, pad_token_id=0, max_length=16, segments=False)
     sampler = Sampler(data.lengths, batch_size=2, seed=0)
-    return Steps(sampler, collate, np.ones(3, dtype=np.int64), world_size=world_size, rank=rank, tokens=8)
+    return Steps(sampler, collate, np.ones(3, dtype=np.int64), world_size=world_size, rank=rank, max_tokens=8)
 
 
-def test_a_rank_without_a_share_gets_a_row_that_counts_for_nothing(tmp_path: Path) -> None:
+def test_rank_without_rows_gets_a_row_that_is_ignored_in_the_loss(tmp_path: Path) -> None:
     batch = steps(tmp_path, 3, 2)[0]
     assert len(batch.micro_batches) == 1
     assert (batch.micro_batches[0].labels["start"] == IGNORE_INDEX).all()
-    assert batch.divisor == steps(tmp_path, 1, 0)[0].divisor
+    assert batch.num_targets == steps(tmp_path, 1, 0)[0].num_targets
 
 
-def test_batches_start_at_any_step_and_workers_change_nothing(tmp_path: Path) -> None:
+def test_batches_can_start_at_any_step_and_do_not_depend_on_workers(tmp_path: Path) -> None:
     source = steps(tmp_path, 1, 0)
     for workers in (0, 2):
         batches = list(step_batches(source, start=3, total=7, workers=workers, pin=False))
@@ -54,7 +54,7 @@ def test_batches_start_at_any_step_and_workers_change_nothing(tmp_path: Path) ->
                 assert torch.equal(got.inputs["input_ids"], expected.inputs["input_ids"])
 
 
-def test_the_largest_micro_batches_keep_to_the_budget_and_the_widths(tmp_path: Path) -> None:
+def test_largest_micro_batches_respect_the_token_budget_and_widths(tmp_path: Path) -> None:
     lengths = np.random.default_rng(0).integers(5, 120, size=200).astype(np.int32)
     arrays = {
         "input_ids": np.ones(int(lengths.sum()), dtype=np.int32), "length": lengths,
@@ -62,8 +62,8 @@ def test_the_largest_micro_batches_keep_to_the_budget_and_the_widths(tmp_path: P
     }  # fmt: skip
     rows = build(tmp_path / "many", lambda: (arrays, {}))
     for widths in (MULTIPLES, few_widths(lengths, [3], 128)):
-        collate = SpanCollate(rows, pad_token_id=0, max_length=128, segments=False, widths=widths)
-        given = {"world_size": 1, "rank": 0, "tokens": 600}
+        collate = EncoderCollate(rows, pad_token_id=0, max_length=128, segments=False, widths=widths)
+        given = {"world_size": 1, "rank": 0, "max_tokens": 600}
         steps = Steps(Sampler(lengths, 16, 0), collate, np.ones(200, dtype=np.int64), **given)
         sizes = [m.inputs["input_ids"].numel() for m in steps.largest()]
         seen = [m.inputs["input_ids"].numel() for i in range(13) for m in steps[i].micro_batches]

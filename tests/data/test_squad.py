@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from plainloop.data.squad import read_squad
-from plainloop.data.types import Answer, InputError
+from plainloop.data.errors import InputError
+from plainloop.data.readers.squad import read_squad
+from plainloop.data.types import Answer
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def test_real_files(real_data: Path) -> None:
     assert len(read_squad(real_data / "xquad/xquad.zh.json")) == 1190
 
 
-def test_a_saved_datasets_folder_is_the_same(tmp_path: Path) -> None:
+def test_saved_datasets_folder_gives_the_same_examples(tmp_path: Path) -> None:
     import datasets
 
     row = {"id": "1", "title": "t", "context": "So Ada.", "question": "Who?"}
@@ -60,13 +61,13 @@ def test_a_saved_datasets_folder_is_the_same(tmp_path: Path) -> None:
         ({"data": []}, "holds no question"),
     ],
 )
-def test_bad_files_name_the_place(tmp_path: Path, value: Any, message: str) -> None:
+def test_errors_name_the_location(tmp_path: Path, value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         read_squad(written(tmp_path / "bad.json", value))
     assert "bad.json" in str(caught.value)
 
 
-def test_bytes_that_are_no_utf8_a_missing_file_and_doubled_ids(tmp_path: Path) -> None:
+def test_invalid_utf8_missing_file_and_duplicate_ids(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b'{"data": "\xe9"}')
     with pytest.raises(InputError, match="byte 10 is not UTF-8"):
         read_squad(tmp_path / "latin.json")
@@ -78,7 +79,7 @@ def test_bytes_that_are_no_utf8_a_missing_file_and_doubled_ids(tmp_path: Path) -
         read_squad(written(tmp_path / "doubled.json", doubled))
 
 
-def test_the_first_twenty_faults_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+def test_first_twenty_errors_are_listed_and_all_are_counted(tmp_path: Path) -> None:
     value = content()
     qas = value["data"][0]["paragraphs"][0]["qas"]
     qas[:] = [{"id": str(i), "question": "", "answers": []} for i in range(30)]

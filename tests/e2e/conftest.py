@@ -1,4 +1,4 @@
-"""Real torchrun jobs that faults are done to."""
+"""Real torchrun jobs with injected faults."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TRAIN, FORKING = (str(Path(__file__).with_name(f"{n}.py")) for n in ("faulty_tra
 
 
 class Job:
-    """`faulty_train.py train` under torchrun (processes > 0) or alone.
+    """`faulty_train.py train` under torchrun (processes > 0) or in a single process.
 
-    restarts: given, the ranks are forked (forking_torchrun.py), and as often replaced.
+    restarts: if given, ranks are forked (forking_torchrun.py) and restarted up to this many times.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Job:
         self.seen: set[int] = set()
 
     def ranks(self) -> dict[int, int]:
-        """rank -> process number, of those that live; for forked ones by age."""
+        """rank -> pid of the live ranks; forked ranks are numbered by age."""
         pids = children(self.process.pid) if self.processes else [self.process.pid]
         found = {}
         for pid in pids:
@@ -57,13 +57,13 @@ class Job:
         return found
 
     def children_of(self, rank: int) -> list[int]:
-        """Its loader workers."""
+        """Pids of a rank's loader workers."""
         return children(self.ranks()[rank])
 
     def wait_until(self, happened: Callable[[], bool], timeout_s: float = 120) -> None:
         until = time.monotonic() + timeout_s
         while True:
-            ended = self.process.poll() is not None  # asked first: what it did last has happened then
+            ended = self.process.poll() is not None  # polled first, to see its last actions below
             if happened():
                 break
             assert not ended, f"ended with {self.process.returncode}:\n{self.output()}"
@@ -75,7 +75,7 @@ class Job:
         self.wait_until(lambda: self.steps_done() >= step)
 
     def steps_done(self) -> int:
-        """By metrics.jsonl, with a line a step."""
+        """Last step in metrics.jsonl, which has one line per step."""
         try:
             lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
             return max((json.loads(line)["step"] for line in lines[-3:]), default=0)
@@ -83,11 +83,11 @@ class Job:
             return 0
 
     def end(self, timeout_s: float = 90) -> int:
-        """Wait for the end; the exit code. Nobody may be left over soon after it."""
+        """Wait for the job and return its exit code; assert that no process is left after 10 s."""
         code = self.process.wait(timeout=timeout_s)
         until = time.monotonic() + 10
         while left := [pid for pid in self.seen if _alive(pid)]:
-            assert time.monotonic() < until, f"processes {left} are left"
+            assert time.monotonic() < until, f"processes {left} are still running"
             time.sleep(0.05)
         return code
 
@@ -126,7 +126,7 @@ def _alive(pid: int) -> bool:
 
 @pytest.fixture
 def start(request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
-    """start(2, fault={...}, torchrun=[...], **more_options) -> Job; nothing of it is left behind."""
+    """start(2, fault={...}, torchrun=[...], **more_options) -> Job; killed at the end of the test."""
     text = "text_options" in request.fixturenames
     options = request.getfixturevalue("text_options" if text else "options")
     jobs: list[Job] = []
@@ -146,7 +146,7 @@ def start(request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture
 def finish(start: Callable[..., Job]) -> Callable[..., Job]:
-    """Start a job and wait for its good end."""
+    """Start a job and wait until it succeeds."""
 
     def run(processes: int, **changes: Any) -> Job:
         job = start(processes, **changes)

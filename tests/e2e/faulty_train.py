@@ -1,14 +1,14 @@
-"""`plainloop` with faults on order: the environment variable FAULT holds JSON. Run like trainer/__main__.py.
+"""`plainloop` with injected faults: the environment variable FAULT holds JSON. Run like trainer/__main__.py.
 
-rank            whom it happens to (default: all)
-life            of a Slurm job: the only one in which it happens (0: before any requeue)
-slow_save_s     every save takes so much longer
-slow_step_s     every step takes so much longer
-slow_batch_s    every batch of an evaluation takes so much longer
-hang_at         before this step the main thread sleeps for ever
-poison_at       before this step one weight becomes NaN
-drift_at        before this step one bit of one weight flips
-disorder_at     before this step the digest of the data order is another one
+rank            only on this rank (default: all ranks)
+life            only in the run after this many requeues of a Slurm job (0: before any; default: all runs)
+slow_save_s     seconds added to every save
+slow_step_s     seconds added to every step
+slow_batch_s    seconds added to every batch of an evaluation
+hang_at         before this step, the main thread hangs
+poison_at       before this step, one weight becomes NaN
+drift_at        before this step, one bit of one weight flips
+disorder_at     before this step, the digest of the data order changes
 """
 
 import json
@@ -16,18 +16,21 @@ import os
 import time
 from typing import Any
 
-from plainloop.trainer import checkpoint, hooks, loop
+from plainloop.trainer import hooks, loop
 from plainloop.trainer.cli import main, main_of_process  # noqa: F401
 
 FAULT = json.loads(os.environ.get("FAULT", "{}"))
 HERE = int(os.environ.get("RANK", 0)) == FAULT.get("rank", int(os.environ.get("RANK", 0)))
 LIFE = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-settle, train_step, agreed = checkpoint._settle, loop.train_step, hooks.Stop.agreed
+fsync, train_step, agreed = os.fsync, loop.train_step, hooks.Stop.agreed
 
 
-def slow_settle(*arguments: Any) -> None:
-    time.sleep(FAULT.get("slow_save_s", 0))
-    settle(*arguments)
+def slow_fsync(descriptor: int) -> None:
+    """A slow disk: once per save, when the temporary folder is synced."""
+    name = os.readlink(f"/proc/self/fd/{descriptor}")
+    if os.path.isdir(name) and os.path.basename(name).startswith(".tmp-step-"):
+        time.sleep(FAULT.get("slow_save_s", 0))
+    fsync(descriptor)
 
 
 def slow_agreed(self: Any) -> bool:
@@ -53,7 +56,7 @@ def faulty_step(state: Any, *arguments: Any) -> None:
 
 if HERE and LIFE == FAULT.get("life", LIFE):
     hooks.Stop.agreed = slow_agreed  # type: ignore[method-assign]
-    checkpoint._settle = slow_settle
+    os.fsync = slow_fsync
     loop.train_step = faulty_step
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Run by test_gradients.py: one optimizer step, gradients saved by rank 0. usage: OUT BATCH_SIZE TOKENS
-TASK MODEL DATA CACHE
+"""Run by test_gradients.py: one optimizer step; rank 0 saves the gradients.
+
+usage: OUT BATCH_SIZE MAX_TOKENS TASK MODEL DATA CACHE
 """
 
 import sys
@@ -7,39 +8,33 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from plainloop.trainer.config import DataConfig, ModelConfig, OptimConfig, TextConfig
-from plainloop.trainer.distributed import process_group, world_from_env
+from plainloop.trainer.config.options import DataConfig, ModelConfig, TrainConfig
+from plainloop.trainer.distributed.world import process_group, world_from_env
 from plainloop.trainer.loop import StepOptions, train_step
-from plainloop.trainer.optim import make_optimizer
-from plainloop.trainer.precision import make_scaler
-from plainloop.trainer.run import wrap
-from plainloop.trainer.state import TrainState
-from plainloop.trainer.tasks import make_task
+from plainloop.trainer.run import new_state
+from plainloop.trainer.tasks import base as tasks
+from plainloop.trainer.tasks.find import find_task
 
-out, batch_size, tokens, kind, model_path, data_path, cache = sys.argv[1:]
+out, batch_size, max_tokens, kind, model_path, data_path, cache = sys.argv[1:]
 world = world_from_env("cpu")
-data = DataConfig(max_length=96, stride=24, cache_dir=cache, bucket=0)
 dropout = {"dropout": 0.0, "attention_dropout": 0.0} if kind == "span" else {"dropout": 0.0}
-task = make_task(kind, ModelConfig(path=model_path, **dropout), data, TextConfig(), world)
-windows = task.prepare("train", data_path)
+config = TrainConfig(
+    task=kind, model=ModelConfig(path=model_path, **dropout), batch_size=int(batch_size), seed=1,
+    data=DataConfig(max_length=96, stride=24, cache_dir=cache, bucket=0), precision="fp32",
+)  # fmt: skip
+task = find_task(kind)(config)
+data = tasks.load_split(task, "train", data_path, config, world)
 with process_group(world, timeout_s=60):
     torch.manual_seed(0)
-    model = task.load_model(model_path, new_head=True).train()
-    optimizer = make_optimizer(model, OptimConfig())
-    state = TrainState(
-        model,
-        wrap(model, world, compile_it=False),
-        optimizer,
-        make_scaler("fp32", world.device),
-        world.device,
-    )
+    model = tasks.load_model(task, model_path, config, world, new_head=True).train()
+    state = new_state(model, config, world)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*_: object) -> None:
         gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-    optimizer.register_step_pre_hook(keep)
-    batch = task.steps(windows, batch_size=int(batch_size), seed=1, tokens=int(tokens))[0]
+    state.optimizer.register_step_pre_hook(keep)
+    batch = tasks.make_steps(task, data, config, world, max_tokens=int(max_tokens))[0]
     train_step(state, batch, StepOptions(task.loss_sum, lambda _: 1e-3, world, 0, "fp32", max_grad_norm=0.0))
     if world.is_main:
         print(f"micro_batches={len(batch.micro_batches)}")

@@ -1,5 +1,5 @@
-"""Run by test_groups.py with a count and a port: two forked ranks on one core enter and leave a process group
-so often, each time with a DDP step in it. A rank that hangs for 20 s ends with its stack.
+"""Run by test_groups.py with COUNT and PORT: two forked ranks on one core enter and leave a process group
+COUNT times, with a DDP step each time. A rank that hangs for 20 s dumps its stack and exits.
 """
 
 import faulthandler
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from plainloop.trainer.distributed import World, process_group
+from plainloop.trainer.distributed.world import World, process_group
 
 count, port = map(int, sys.argv[1:])
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

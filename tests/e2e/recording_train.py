@@ -1,4 +1,4 @@
-"""Run by test_resume.py: `plainloop train`, noting which rows this rank really collates in which step."""
+"""Run by test_resume.py: `plainloop train` that records which rows this rank collates in each step."""
 
 import json
 import os

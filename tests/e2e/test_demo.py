@@ -1,4 +1,4 @@
-"""The quick start's promise, on the real encoder with two processes."""
+"""The quick-start demo, on the real encoder with two processes."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from plainloop.data.demo import write_demo
-from plainloop.data.squad import read_squad
+from plainloop.data.readers.squad import read_squad
 
 
-def test_the_demo_corpus_is_valid_and_its_parts_share_no_fact(tmp_path: Path) -> None:
+def test_demo_corpus_is_valid_and_its_parts_share_no_facts(tmp_path: Path) -> None:
     train, dev = map(read_squad, write_demo(tmp_path))
     assert len({e.context for e in train}) == 600 and len({e.context for e in dev}) == 150
     for part in (train, dev):
@@ -32,12 +32,12 @@ def test_the_demo_corpus_is_valid_and_its_parts_share_no_fact(tmp_path: Path) ->
 def wait_until(happened: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     until = time.monotonic() + timeout_s
     while not happened():
-        assert time.monotonic() < until, f"not within {timeout_s} s: {what}"
+        assert time.monotonic() < until, f"timed out after {timeout_s} s: {what}"
         time.sleep(0.05)
 
 
 def processes_with(text: str) -> list[int]:
-    """Living processes whose command line holds it."""
+    """Pids of live processes whose command line contains `text`."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -57,7 +57,7 @@ def processes_with(text: str) -> list[int]:
         pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
-def test_a_signalled_demo_leaves_nobody_behind_and_another_one_does_no_harm(
+def test_signalled_demo_leaves_no_processes_and_a_second_demo_does_no_harm(
     number: int, code: int, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -80,11 +80,11 @@ def test_a_signalled_demo_leaves_nobody_behind_and_another_one_does_no_harm(
         assert json.loads((run_dir / "status.json").read_text())["status"] == "stopped"
 
 
-def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path) -> None:
+def test_folder_not_created_by_a_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("three years")
     line = [sys.executable, "-m", "plainloop.trainer", "demo", "--run_dir", str(tmp_path)]
     result = subprocess.run(line, capture_output=True, text=True)
-    assert result.returncode == 2 and "holds something else than a demo" in result.stderr
+    assert result.returncode == 2 and "contains files not made by a demo" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

@@ -1,4 +1,4 @@
-"""The same global batch gives the same gradient, however it is cut into micro-batches and ranks."""
+"""The same global batch gives the same gradient for any split into micro-batches and ranks."""
 
 import subprocess
 import sys
@@ -38,8 +38,8 @@ def gradients(
 def relative_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
     """Norm of the difference over the norm of the gradient, all parameters together.
 
-    One by one would divide by nothing: the gradients of the head's bias and of the keys' biases are zero but
-    for rounding, since softmax does not see them.
+    Per parameter it would divide by zero: the gradients of the head's bias and of the key biases are zero up
+    to rounding, since softmax is invariant to these biases.
     """
     assert left.keys() == right.keys() and len(left) > 20
     difference = sum(float((left[name] - right[name]).double().square().sum()) for name in left)
@@ -63,5 +63,5 @@ def test_gradients_do_not_depend_on_micro_batches_or_ranks(
         assert difference < 1e-6
     few = gradients(tmp_path, 1, 2, 100_000, task, *paths)
     difference = relative_difference(gradients(tmp_path, 3, 2, 100_000, task, *paths), few)
-    print(f"{task}, 3 processes, one without a share: {difference:.1e}")
+    print(f"{task}, 3 processes, one without rows: {difference:.1e}")
     assert difference < 1e-6

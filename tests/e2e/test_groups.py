@@ -1,4 +1,4 @@
-"""Leaving a process group never hangs, however the threads are scheduled."""
+"""Leaving a process group never hangs, for any scheduling of the threads."""
 
 import socket
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 
 
 @pytest.mark.slow
-def test_a_group_that_is_left_hangs_nobody() -> None:
-    """torch's own destructor did, within some tens of times, when the ranks share a core."""
+def test_leaving_a_process_group_never_hangs() -> None:
+    """With torch's own destructor it hung within a few dozen times when the ranks shared a core."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

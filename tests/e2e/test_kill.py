@@ -1,4 +1,4 @@
-"""Killed anywhere, nothing lost, nothing changed: the bits of a run that was never touched."""
+"""A run killed at any point ends bitwise identical to a run that was never interrupted."""
 
 import os
 import random
@@ -25,7 +25,7 @@ def test_resume_is_exact_on_more_ranks(
     assert_same_bits: Any,
     tmp_path: Path,
 ) -> None:
-    """One group of processes after the other: stopped by a kill after step 3, and replaced."""
+    """Kill one rank after step 3; all processes are replaced by new ones."""
     changes = {"precision": precision, "max_steps": 6, "checkpoint.every_steps": 3}
     whole = finish(processes, restarts=0, run_dir=tmp_path / "whole", **changes)
     job = start(processes, restarts=3, fault={"slow_step_s": 0.3}, **changes)
@@ -40,8 +40,8 @@ def test_resume_is_exact_on_more_ranks(
 def test_forty_kills(
     start: Any, finish: Any, options: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
-    """SIGKILL to a random rank, or now and then to the agent: many 0 to 250 ms after a save began, the others
-    at any moment. With dropout, buckets, loader workers, evaluations and background saves.
+    """SIGKILL a random rank, or sometimes the agent: many kills 0 to 250 ms after a save began, the others at
+    any moment. With dropout, buckets, loader workers, evaluations and asynchronous saves.
     """
     seed = int(os.environ.get("PLAINLOOP_KILL_SEED") or time.time_ns() % 10**6)
     print(f"PLAINLOOP_KILL_SEED={seed}")
@@ -61,10 +61,10 @@ def test_forty_kills(
     while kills.total() < len(kinds):
         pids = job.ranks()
         if len(pids) < 2:
-            assert job.process.poll() is None, f"done too soon, after {kills}:\n{job.output()}"
+            assert job.process.poll() is None, f"the run finished too early, after {kills}:\n{job.output()}"
             time.sleep(0.01)
             continue
-        left = set(folder.glob(".tmp-step-*"))  # by the last kill
+        left = set(folder.glob(".tmp-step-*"))  # left by the last kill
         kind = kinds[kills.total()]
         if kind == "saving":
             wait(
@@ -74,7 +74,7 @@ def test_forty_kills(
             )
         delay_s = chance.uniform(0, 0.25 if kind == "saving" else 2.5)
         until = time.monotonic() + delay_s
-        # On a fast machine earlier: each kill has its share of the steps, or the run would end before them.
+        # Each kill has its share of the steps: a fast machine kills earlier, or the run would end too soon.
         budget = (kills.total() + 1) * (steps - 20) // len(kinds)
         while time.monotonic() < until and job.steps_done() < budget:
             time.sleep(0.001)
@@ -92,7 +92,7 @@ def test_forty_kills(
         else:
             wait(lambda job=job, v=victim: len(r := job.ranks()) == 2 and v not in r.values())
     assert job.end(120) == 0, job.output()
-    print(f"{dict(kills)}, {steps} steps: weights, optimizer state, losses, evaluations equal?")
+    print(f"{dict(kills)}, {steps} steps: comparing weights, optimizer state, losses, evaluations")
     assert_same_bits(tensors(job.run_dir, steps), tensors(whole.run_dir, steps))
     assert losses(metrics, job.run_dir) == losses(metrics, whole.run_dir)
     evaluations = [

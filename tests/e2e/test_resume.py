@@ -1,7 +1,7 @@
-"""Stopped anywhere and continued is the same as never stopped: weights, optimizer state and logged losses, by
-the bit.
+"""A run that is stopped at any step and resumed is bitwise identical to one that never stopped: weights,
+optimizer state and logged losses.
 
-Dropout is on, batches are bucketed, and a log line spans the stop.
+Dropout is on, batches are bucketed, and a log line averages over steps before and after the stop.
 """
 
 import json
@@ -48,7 +48,7 @@ def test_two_processes_with_loader_workers(
     changes = {"data.workers": 2, "log.every_steps": 3, "max_steps": 6}  # epochs have 15 steps
     launch(2, "train", options | changes | {"data.workers": 0} | EVERY_STEP)
     stopped = options | changes | {"run_dir": tmp_path / "stopped"}
-    launch(2, "train", stopped | {"stop_at_step": 4}, expect=1)  # torchrun's 75
+    launch(2, "train", stopped | {"stop_at_step": 4}, expect=1)  # torchrun's code for 75
     launch(2, "train", stopped)
     for step in (4, 6):
         assert_same_bits(tensors(tmp_path / "stopped", step), tensors(options["run_dir"], step))
@@ -91,7 +91,7 @@ def test_another_world_size_sees_the_same_batches(
     assert worst < 1e-5
 
 
-def test_a_signal_to_torchrun_saves_and_the_next_start_ends_with_the_same_bits(
+def test_resume_after_a_signal_to_torchrun_is_bitwise_identical(
     options: Any, launch: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
     changes = {"epochs": 8, "data.workers": 1}
@@ -137,7 +137,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(
         outputs.append({f.name: json.loads(f.read_text()) for f in out.iterdir()})
     assert set(outputs[0]) == {"predictions.json", "null_odds.json", "nbest_predictions.json", "metrics.json"}
     assert len(outputs[0]["predictions.json"]) == 120
-    for other in outputs[1:]:  # the losses are added up in another order
+    for other in outputs[1:]:  # the losses are summed in another order
         assert other["metrics.json"].pop("loss") == pytest.approx(
             outputs[0]["metrics.json"]["loss"], rel=1e-12
         )

@@ -1,6 +1,6 @@
-"""Asked to stop, in every way there is: all ranks save the same step, and the next start goes on.
+"""Graceful shutdown on every kind of stop request: all ranks save the same step, and the next start resumes.
 
-FAULTS: which process gets the signal, when, and how often.
+The tests vary which process gets the signal, when, and how often.
 """
 
 import os
@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from plainloop.trainer.checkpoint import verify
+from plainloop.trainer.checkpoint.folder import verify
 
 SLOW = {"slow_step_s": 0.05}
 ANY_SIGNAL = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def assert_stopped(job: Any, *, after: int = 1, reason: str = "") -> int:
-    """One checkpoint, of the step that status.json tells; returns the step."""
+    """Assert that there is one checkpoint, of the step in status.json; return the step."""
     status = job.status()
     assert status["status"] == "stopped" and status["exit_code"] == 75, job.output()
     assert reason in status["reason"] or status["reason"].startswith("another rank"), status
@@ -40,7 +40,7 @@ def assert_stopped(job: Any, *, after: int = 1, reason: str = "") -> int:
         pytest.param(signal.SIGUSR1, "rank 1", [], id="SIGUSR1-one-rank", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_to(number: int, to: str, torchrun: list[str], start: Any) -> None:
+def test_stop_on_signal(number: int, to: str, torchrun: list[str], start: Any) -> None:
     job = start(2, fault=SLOW, torchrun=torchrun, **{"data.workers": 2})
     job.wait_for_step(3)
     ranks = job.ranks()
@@ -56,8 +56,8 @@ def test_a_signal_to(number: int, to: str, torchrun: list[str], start: Any) -> N
     assert_stopped(job, after=3, reason=signal.Signals(number).name)
 
 
-def test_the_stop_file_works_under_max_restarts_too(start: Any) -> None:
-    """torchrun would restart ranks that exit with a code of their own."""
+def test_stop_file_works_with_max_restarts(start: Any) -> None:
+    """torchrun would restart ranks that exit with a nonzero code."""
     job = start(2, fault=SLOW, torchrun=["--max-restarts=1"])
     job.wait_for_step(3)
     (job.run_dir / "stop").touch()
@@ -67,7 +67,7 @@ def test_the_stop_file_works_under_max_restarts_too(start: Any) -> None:
 
 @pytest.mark.parametrize("step_s", [1.5, pytest.param(12, marks=pytest.mark.slow)])
 def test_slow_steps_stop_at_the_next_boundary(step_s: float, start: Any) -> None:
-    """torchrun kills its ranks 30 s after a SIGTERM: with steps of 12 s there is time for one more."""
+    """torchrun kills its ranks 30 s after SIGTERM: with 12 s per step there is time for one more."""
     job = start(2, fault={"slow_step_s": step_s}, torchrun=[])
     job.wait_for_step(2)
     step, signalled = job.steps_done(), time.monotonic()
@@ -77,10 +77,10 @@ def test_slow_steps_stop_at_the_next_boundary(step_s: float, start: Any) -> None
     assert assert_stopped(job, after=2, reason="SIGTERM") <= step + 1
 
 
-def test_second_signal_while_saving_changes_nothing(start: Any) -> None:
+def test_second_signal_while_saving_is_ignored(start: Any) -> None:
     job = start(0, fault={**SLOW, "slow_save_s": 3})
     job.wait_for_step(2)
-    for _ in range(3):  # during the step, the save, and the end of the interpreter
+    for _ in range(3):  # during the step, the save, and interpreter shutdown
         job.process.send_signal(signal.SIGTERM)
         time.sleep(1.5)
     assert job.end() == 75
@@ -97,7 +97,7 @@ def test_both_ranks_signalled_at_once_during(moment: str, start: Any, options: A
     if moment == "save":
         job.wait_until(lambda: any((job.run_dir / "checkpoints").glob(".tmp-step-*")))
     else:
-        job.wait_for_step(4)  # the line is written before the evaluation, of 120 batches, begins
+        job.wait_for_step(4)  # the line is logged before the evaluation of 120 batches
     for pid in job.ranks().values():
         os.kill(pid, signal.SIGTERM)
     assert job.end() != 0
@@ -105,16 +105,16 @@ def test_both_ranks_signalled_at_once_during(moment: str, start: Any, options: A
     assert step == 4 or moment == "save"
 
 
-def test_a_stop_while_generating(text_options: Any, start: Any, text_files: Any) -> None:
+def test_stop_while_generating(text_options: Any, start: Any, text_files: Any) -> None:
     dev = {"data.dev": text_files[1], "evaluation.every_steps": 2, "evaluation.best_metric": "em"}
     job = start(0, fault={**SLOW, "slow_batch_s": 0.3}, **dev, **{"evaluation.tokens_per_device": 40})
-    job.wait_for_step(2)  # the line is written before the evaluation, of 80 batches, begins
+    job.wait_for_step(2)  # the line is logged before the evaluation of 80 batches
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 75
     assert assert_stopped(job, reason="evaluation") == 2
 
 
-def test_a_second_sigint_ends_at_once(start: Any) -> None:
+def test_second_sigint_aborts_at_once(start: Any) -> None:
     job = start(0, fault={**SLOW, "slow_save_s": 60})
     job.wait_for_step(2)
     job.process.send_signal(signal.SIGINT)
@@ -124,14 +124,14 @@ def test_a_second_sigint_ends_at_once(start: Any) -> None:
     assert job.status()["status"] == "failed" and "second SIGINT" in job.status()["reason"]
 
 
-def test_a_stop_during_an_evaluation(start: Any, options: Any, finish: Any) -> None:
+def test_stop_during_an_evaluation(start: Any, options: Any, finish: Any) -> None:
     dev = {
         "data.dev": options["data.train"],
         "evaluation.every_steps": 4,
         "evaluation.tokens_per_device": 100,
     }
     job = start(0, fault={**SLOW, "slow_batch_s": 0.05}, **dev)
-    job.wait_for_step(4)  # the line is written before the evaluation, of 120 batches, begins
+    job.wait_for_step(4)  # the line is logged before the evaluation of 120 batches
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 75
     assert assert_stopped(job, reason="evaluation") == 4
@@ -148,16 +148,16 @@ def test_grace_too_short_keeps_the_old_checkpoint_and_the_next_start_warns(start
     job.wait_for_step(7)
     job.process.send_signal(signal.SIGTERM)
     assert job.end() != 0
-    status = job.status()  # killed: nobody could say more, or the one that was killed last, for a moment
+    status = job.status()  # killed before any rank could update it, except perhaps the last one
     assert status["status"] == "running" or "lost another rank" in status["reason"]
     (saved,) = (job.run_dir / "checkpoints").glob("step-*")
     assert saved.name == "step-00000005" and verify(saved) is None
     told = finish(2, **changes).output()
-    assert re.search("WARNING: a stop takes up to [4-9] s .* a save of [4-9].* s.*there are 3 s", told)
+    assert re.search("WARNING: a stop takes up to [4-9] s .* a save of [4-9].* s.*grace period of 3 s", told)
     assert not list((job.run_dir / "checkpoints").glob(".tmp-*"))
 
 
-def test_ranks_end_when_their_agent_is_killed(start: Any) -> None:
+def test_ranks_exit_when_their_agent_is_killed(start: Any) -> None:
     job = start(2, fault=SLOW, **{"data.workers": 1})
     job.wait_for_step(3)
     workers = job.children_of(0) + job.children_of(1)

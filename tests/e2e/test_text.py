@@ -1,13 +1,15 @@
-"""Task text end to end: resume by the bit, any number of ranks, evaluation during training, known figures."""
+"""Task text end to end: bitwise resume, any number of ranks, evaluation during training, published scores."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from plainloop.data.causalqa import TextOptions, read_text
+from plainloop.data.readers.causalqa import TextOptions, read_text
 from plainloop.trainer.loop import Verdict
+from plainloop.trainer.tasks.generation import best_of_windows
 
 LOSSES = ("step", "loss", "grad_norm")
 
@@ -16,7 +18,7 @@ def losses(metrics: Any, run_dir: Any) -> list[tuple[float, ...]]:
     return [tuple(record[name] for name in LOSSES) for record in metrics(run_dir, "train")]
 
 
-def test_stopped_after_every_step_and_continued(
+def test_stopped_after_every_step_and_resumed(
     text_options: Any, train: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
     lines = {"log.every_steps": 4, "max_steps": 9}
@@ -29,7 +31,7 @@ def test_stopped_after_every_step_and_continued(
 
 
 @pytest.mark.slow
-def test_two_processes_stopped_and_continued_with_adafactor(
+def test_two_processes_stopped_and_resumed_with_adafactor(
     text_options: Any, launch: Any, metrics: Any, tensors: Any, assert_same_bits: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -47,7 +49,7 @@ def test_two_processes_stopped_and_continued_with_adafactor(
 
 
 @pytest.mark.slow
-def test_one_process_and_two_give_the_same_curve_and_the_same_texts(
+def test_one_and_two_processes_give_the_same_loss_curve_and_texts(
     text_options: Any, text_files: tuple[Path, Path], launch: Any, metrics: Any, tmp_path: Path
 ) -> None:
     changes = text_options | {"model.dropout": 0.0, "max_steps": 10}
@@ -68,14 +70,14 @@ def test_one_process_and_two_give_the_same_curve_and_the_same_texts(
         "metrics",
         "predictions",
     }
-    for other in results[1:]:  # the losses are added up in another order
+    for other in results[1:]:  # the losses are summed in another order
         assert other["metrics"].pop("loss") == pytest.approx(results[0]["metrics"]["loss"], rel=1e-12)
         assert other["predictions"] == results[0]["predictions"]
     results[0]["metrics"].pop("loss")
     assert results[0]["metrics"] == results[1]["metrics"] == results[2]["metrics"]
 
 
-def test_evaluation_while_training_chooses_the_best(
+def test_evaluation_during_training_selects_the_best_checkpoint(
     text_options: Any, text_files: tuple[Path, Path], train: Any, metrics: Any
 ) -> None:
     train(
@@ -90,7 +92,7 @@ def test_evaluation_while_training_chooses_the_best(
     assert len(json.loads((run_dir / "evaluation/results.json").read_text())["predictions"]) == 10
 
 
-def test_loss_alone(text_options: Any, text_files: tuple[Path, Path], train: Any, metrics: Any) -> None:
+def test_loss_only(text_options: Any, text_files: tuple[Path, Path], train: Any, metrics: Any) -> None:
     changes = {"data.dev": text_files[1], "text.generate": 0, "max_steps": 2}
     with pytest.raises(ValueError, match="set evaluation.best_metric to loss"):
         train(**changes)
@@ -109,21 +111,20 @@ def test_squad_as_text_with_windows(
     (record,) = metrics(text_options["run_dir"], "evaluation")
     assert record["total"] == 120 and record["HasAns_total"] + record["NoAns_total"] == 120
     said = capsys.readouterr().err
-    assert "became several windows" in said and "contexts are longer" in said and "were cut" in said
+    assert "were split into windows" in said and "contexts are longer" in said and "were truncated" in said
     predictions = json.loads((Path(text_options["run_dir"]) / "evaluation/predictions.json").read_text())
     assert len(predictions) == 120
 
 
-def test_fp16_is_warned_of_and_activations_are_recomputed(text_options: Any, train: Any, capsys: Any) -> None:
+def test_fp16_warning_and_activation_checkpointing(text_options: Any, train: Any, capsys: Any) -> None:
     train(max_steps=1, precision="fp16", **{"model.activation_checkpointing": "true"})
-    assert "a t5 overflows in fp16" in capsys.readouterr().err
+    assert "precision fp16: this model overflows" in capsys.readouterr().err
 
 
-def test_options_of_the_other_task_are_refused(text_options: Any, launch: Any) -> None:
+def test_options_of_the_other_task_are_rejected(text_options: Any, launch: Any) -> None:
     for changes, message in (
         ({"data.stride": 3}, "data.stride has no effect with task text"),
         ({"task": "span"}, "text.max_new_tokens has no effect with task span"),
-        ({"evaluation.best_metric": "best_f1"}, "evaluation.best_metric is best_f1"),
         (
             {"evaluation.best_metric": "exact", "data.dev": text_options["data.train"]},
             "evaluation.best_metric exact: this data gives f1, em, rougeL_precision",
@@ -132,44 +133,22 @@ def test_options_of_the_other_task_are_refused(text_options: Any, launch: Any) -
         assert message in launch(0, "train", text_options | changes, expect=2).stderr
 
 
-def test_the_answer_of_one_window_beats_a_sure_null_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows of one question: one says rightly and surely that it holds no answer."""
-    import numpy as np
-    import torch
-
-    from plainloop.trainer import generate
-    from plainloop.trainer.distributed import World
-
-    scores = {0: -0.01, 1: -0.7, 2: -0.02, 3: -0.03}
-    texts = {0: "none", 1: "ice", 2: "none", 3: "none"}
-    store: Any = type(
-        "Store", (), {"lengths": np.full(4, 8), "arrays": {"example": np.array([0, 0, 1, 1])}}
-    )()
-    store.__class__.__len__ = lambda self: 4
-    batches: list[Any] = []
-
-    def collate(rows: Any) -> Any:
-        batches.append(rows)
-        return type("Batch", (), {"inputs": {"row": torch.tensor(rows)}})
-
-    monkeypatch.setattr(generate, "generate", lambda model, inputs, **_: inputs["row"])
-    monkeypatch.setattr(
-        generate, "sequence_log_probs", lambda m, i, ids: torch.tensor([scores[r] for r in ids.tolist()])
-    )
-    setting = generate.Setting(World(0, 1, 0, torch.device("cpu")), "fp32", 64, lambda: False)
-    found = generate.generate_texts(
-        torch.nn.Module(), store, collate, np.arange(4), setting,  # type: ignore[arg-type]
-        decode=lambda ids: [texts[r] for r in ids.tolist()], nulls={"none"}, max_new_tokens=8, num_beams=1,
-    )  # fmt: skip
-    assert found == {0: "ice", 1: "none"}
+def test_answer_in_one_window_beats_a_confident_null_in_another() -> None:
+    """Two windows of one question: one correctly and confidently predicts that it contains no answer."""
+    owner, scores = np.array([0, 0, 1, 1]), np.array([-0.01, -0.7, -0.02, -0.03])
+    texts = np.array(["none", "ice", "none", "none"])
+    assert best_of_windows(owner, texts, scores, {"none"}) == {0: "ice", 1: "none"}
+    assert best_of_windows(owner, texts, scores, set()) == {0: "none", 1: "none"}
+    equal = best_of_windows(np.array([0, 0]), np.array(["first", "second"]), np.zeros(2), {"none"})
+    assert equal == {0: "first"}
 
 
-def test_the_wrong_kind_of_model(text_options: Any, tiny_model: Path, launch: Any) -> None:
+def test_wrong_kind_of_model(text_options: Any, tiny_model: Path, launch: Any) -> None:
     result = launch(0, "train", text_options | {"model.path": tiny_model}, expect=2)
-    assert "no encoder-decoder" in result.stderr and "Traceback" not in result.stderr
+    assert "not an encoder-decoder" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_published_predictions_give_the_published_figures(real_data: Path, launch: Any) -> None:
+def test_published_predictions_give_the_published_scores(real_data: Path, launch: Any) -> None:
     predictions = real_data / "known/causalqa_squad2_252.json"
     known = json.loads(predictions.read_text())["reported"]
     data = real_data / "causalqa/squad2_valid_original_split.csv"
@@ -184,7 +163,7 @@ def test_published_predictions_give_the_published_figures(real_data: Path, launc
 def test_real_vocabulary_real_data(
     real_data: Path, launch: Any, metrics: Any, text_options: Any, tmp_path: Path
 ) -> None:
-    """A T5 of 2 + 2 layers from scratch: the loss falls, the evaluation completes, two processes are one."""
+    """A T5 with 2 + 2 layers from scratch: the loss falls, evaluation completes, 1 and 2 processes agree."""
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 

@@ -1,10 +1,10 @@
-"""A device of our own that computes on the CPU: it shows what code for GPUs does with devices, without a GPU.
+"""A fake device that computes on the CPU: test the device handling of GPU code without a GPU.
 
-Its tensors say that they are on `fakegpu:0` and hold an ordinary tensor. An operation that mixes them with
-tensors of the CPU fails, as on a GPU; every copy between the two and every read of a value is noted with its
-place in the code; live and peak bytes are counted. It does not show streams, pinned memory, kernels or NCCL.
+Its tensors report device `fakegpu:0` and wrap an ordinary tensor. An operation that mixes them with CPU
+tensors fails, as on a GPU. Every copy between the two and every read of a value is recorded with its place in
+the code; live and peak bytes are counted. Streams, pinned memory, kernels and NCCL are not simulated.
 
-Import it in a process of its own: torch has room for one such device, and it stays.
+Import it in a separate process: torch supports one such device, and it can't be removed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COPIES = {"aten._to_copy.default", "aten.copy_.default"}
 
 
 class _Backend:
-    """What torch.fakegpu has to answer."""
+    """The functions that torch expects in the module torch.fakegpu."""
 
     def is_initialized(self) -> bool:
         return True
@@ -47,7 +47,7 @@ class _Backend:
         return False
 
     def manual_seed_all(self, seed: int) -> None:
-        """The arithmetic is the CPU's, and so are its random numbers."""
+        """No-op: computation and random numbers are the CPU's."""
 
     def synchronize(self, device: Any = None) -> None:
         NOTED["synchronize", "", place()] += 1
@@ -58,14 +58,14 @@ class _Backend:
 
 _setup_privateuseone_for_python_backend(NAME, _Backend())
 DEVICE = torch.device(NAME, 0)
-NOTED: Counter[tuple[str, str, str]] = Counter()  # (what, how, place) -> how often
+NOTED: Counter[tuple[str, str, str]] = Counter()  # (what, how, place) -> count
 
 
 class Memory:
-    """Bytes of the storages that live on the device, whatever the number of tensors that view them."""
+    """Bytes of live storages on the device; a storage viewed by several tensors counts once."""
 
     live = peak = 0
-    _views: Counter[int] = Counter()  # first byte -> tensors
+    _views: Counter[int] = Counter()  # address of the first byte -> number of tensors
 
     @classmethod
     def add(cls, tensor: torch.Tensor) -> None:
@@ -114,14 +114,14 @@ class Fake(torch.Tensor):
 
 
 class OnFakeDevice(TorchDispatchMode):
-    """Inside of it, tensors can be made on the device and moved to it."""
+    """Context in which tensors can be created on the device and moved to it."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(operation, args, kwargs or {})
 
 
 def place() -> str:
-    """The innermost line of the package's own code, as file:function."""
+    """The innermost stack frame in the package's own code, as file:function."""
     for frame in reversed(traceback.extract_stack()):
         if any(f"/{room}/" in frame.filename for room in ("trainer", "models", "data")) and (
             "/site-packages/" not in frame.filename and not frame.name.startswith("<")
@@ -174,7 +174,7 @@ def _note(name: str, args: Any, kwargs: dict[str, Any], fakes: list[Fake], asked
         NOTED["to the device" if target else "from the device", "waits" if waits else "", place()] += 1
 
 
-# What torch calls without passing by a tensor of ours.
+# Kernels that torch calls without going through __torch_dispatch__.
 _library = torch.library.Library("aten", "IMPL")
 
 
@@ -197,7 +197,7 @@ _library.impl("_copy_from", _copy_from, "PrivateUse1")
 torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 
-# Autocast, as far as the networks here need it: these in 16 bits, those in 32, all others as they come.
+# Autocast for the networks tested here: the first group runs in bf16, the second in fp32, others unchanged.
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 _fallback = torch.library.Library("_", "IMPL")
 _fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")

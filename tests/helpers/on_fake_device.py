@@ -1,9 +1,9 @@
-"""Run by tests/trainer/test_fake_device.py: the parts of a run on the fake device, what they did as JSON.
+"""Run by tests/trainer/test_fake_device.py: do each phase of training on the fake device; report as JSON.
 
 python on_fake_device.py span|text fp32|bf16 adamw|adafactor MODEL_FOLDER SCRATCH [FAULT]
 
-FAULT: item (train_step reads the loss), resume (a tensor is left on the CPU), blocking (copies of inputs
-wait).
+FAULT: item (train_step reads the loss), resume (a tensor stays on the CPU), blocking (copies of inputs are
+synchronous).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from plainloop.models.seq2seq import (
     token_loss_sum,
 )
 from plainloop.models.spans import load_span_model, span_loss_sum
-from plainloop.trainer import checkpoint, loop
-from plainloop.trainer.config import OptimConfig
-from plainloop.trainer.distributed import World
+from plainloop.trainer import hooks, loop
+from plainloop.trainer.checkpoint import folder as checkpoints
+from plainloop.trainer.checkpoint.host_copy import HostCopy
+from plainloop.trainer.config.options import OptimConfig
+from plainloop.trainer.distributed.world import World
 from plainloop.trainer.optim import make_optimizer
 from plainloop.trainer.precision import make_scaler
-from plainloop.trainer.saving import HostCopy
 from plainloop.trainer.state import TrainState
-from plainloop.trainer.watch import weights_digest
 
 task, precision, optimizer_name, folder, scratch, *fault = sys.argv[1:]
 CPU = torch.device("cpu")
@@ -77,28 +77,28 @@ def steps(state: TrainState, options: loop.StepOptions, first: int, last: int) -
         parts = [micro_batch(random), micro_batch(random)]
         loop.train_step(
             state,
-            StepBatch(parts, divisor=4, examples=4, tokens=50, padded_tokens=64, rows=np.arange(4)),
+            StepBatch(parts, num_targets=4, examples=4, tokens=50, padded_tokens=64, rows=np.arange(4)),
             options,
         )
         state.step += 1
 
 
 def save_and_restore(state: TrainState) -> TrainState:
-    """By way of the host copy and a real checkpoint folder."""
+    """Save and restore through the host copy and a real checkpoint folder."""
     weights, optimizer = HostCopy()(state.model.state_dict()), HostCopy()(state.optimizer_tensors())
     assert all(type(t) is torch.Tensor and t.device == CPU for t in [*weights.values(), *optimizer.values()])
-    record = {**checkpoint.counters(state), "loss_sum": state.loss_sum.item()}
+    record = {**checkpoints.counters(state), "loss_sum": state.loss_sum.item()}
     from safetensors.torch import save_file
 
     def save_model(to: Path) -> None:
         save_file({name: tensor.clone() for name, tensor in weights.items()}, to / "model.safetensors")
 
-    path = checkpoint.save_checkpoint(Path(scratch), save_model, optimizer, record, size=0)
+    path = checkpoints.save_checkpoint(Path(scratch), save_model, optimizer, record, size=0)
     resumed, _ = make(DEVICE)
     with torch.no_grad():
         for name, parameter in resumed.model.state_dict().items():
             parameter.copy_(weights[name])
-    checkpoint.restore(resumed, checkpoint.Checkpoint(path, record), is_main=True)
+    checkpoints.restore(resumed, checkpoints.Checkpoint(path, record), is_main=True)
     if "resume" in fault:
         first = next(iter(resumed.model.parameters()))
         kept = resumed.optimizer.state[first]
@@ -107,7 +107,7 @@ def save_and_restore(state: TrainState) -> TrainState:
 
 
 def use(state: TrainState) -> list[Any]:
-    """Evaluation, and for text generation: what comes out. (Inference mode takes no tensors like Fake.)"""
+    """Outputs of evaluation and, for text, generation. (Inference mode can't handle tensors like Fake.)"""
     model: Any = state.model.eval()
     inputs, _ = micro_batch(torch.Generator().manual_seed(9))
     inputs = {name: tensor.to(state.device) for name, tensor in inputs.items()}
@@ -139,13 +139,13 @@ if "blocking" in fault:
     torch.Tensor.to = lambda self, *a, non_blocking=False, **k: to(self, *a, **k)  # type: ignore[method-assign, assignment]
 
 reference, options = make(CPU)
-loop.warm_up(reference, [micro_batch(torch.Generator().manual_seed(0))], options)
+hooks.warm_up(reference, [micro_batch(torch.Generator().manual_seed(0))], options)
 steps(reference, options, 0, 4)
 found: dict[str, Any] = {}
 with OnFakeDevice():
     state, options = make(DEVICE)
     NOTED.clear()
-    loop.warm_up(state, [micro_batch(torch.Generator().manual_seed(0))], options)
+    hooks.warm_up(state, [micro_batch(torch.Generator().manual_seed(0))], options)
     found["warm-up"], found["warm-up peak"] = noted(), Memory.peak
     steps(state, options, 0, 2)
     found["two steps"], found["peak"] = noted(), Memory.peak
@@ -158,7 +158,7 @@ with OnFakeDevice():
     )
     found["loss"] = [state.loss_sum.item(), reference.loss_sum.item()]
     found["norm"] = [state.grad_norm.item(), reference.grad_norm.item()]
-    found["digest"] = isinstance(weights_digest(state.model), int)
+    found["digest"] = isinstance(hooks.weights_digest(state.model), int)
     found["used"] = use(state)
 found["used on the CPU"] = use(reference)
 print(json.dumps(found))

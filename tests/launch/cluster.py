@@ -1,8 +1,8 @@
-"""A real, private Slurm on this machine: munge, slurmctld and a slurmd for each pretended node.
+"""A real, private Slurm on this machine: munge, slurmctld and one slurmd per simulated node.
 
-Wants root and the kernel's cgroup v1 freezer: with `proctrack/cgroup` a signal reaches whom it reaches on a
-cluster (the batch shell, or the processes that srun started, never their children). Everything lies in one
-folder and listens on loopback. Each node has a host name of its own, which its jobs can resolve.
+Needs root and the kernel's cgroup v1 freezer: with `proctrack/cgroup`, a signal reaches the same processes as
+on a cluster (the batch shell, or the processes that srun started, never their children). All files are in one
+folder, and all daemons listen on loopback. Each node has its own host name, which its jobs can resolve.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 def why_not() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """Return the reason why Slurm can't run here, or None."""
     if missing := [name for name in PROGRAMS if _which(name) is None]:
         return f"Slurm is not installed ({', '.join(missing)}): see tests/packages.txt"
-    freezer = "mount -t cgroup -o freezer none /tmp"  # in a namespace of its own, gone with it
+    freezer = "mount -t cgroup -o freezer none /tmp"  # in its own namespace, so it needs no unmount
     probe = ["unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c", freezer]
     if subprocess.run(probe, capture_output=True).returncode:
-        return "a Slurm like a cluster's wants root and the cgroup v1 freezer"
+        return "a realistic Slurm needs root and the cgroup v1 freezer"
     return None
 
 
@@ -39,19 +39,19 @@ def _which(name: str) -> str | None:
 
 
 class Cluster:
-    """start() ... stop(). nodes n1, n2, ... with 64 CPUs and `gpus` GPUs each, all of them pretended.
+    """start() ... stop(). Nodes n1, n2, ... with 64 CPUs and `gpus` GPUs each, all simulated.
 
-    Partitions `main` and `graceful`, and `urgent`, whose jobs preempt those of the others (they are
-    requeued, in `graceful` after 100 s).
+    Partitions `main`, `graceful` and `urgent`. Jobs in `urgent` preempt those in the others, which are
+    requeued (in `graceful` after 100 s).
     """
 
     def __init__(self, root: Path, *, nodes: int = 2, gpus: int = 2, kill_wait_s: int = 10) -> None:
         self.root, self.gpus, self.kill_wait_s = root.resolve(), gpus, kill_wait_s
         self.nodes = [f"n{i + 1}" for i in range(nodes)]
-        foreign = ("SLURM", "SBATCH", "SRUN", "SALLOC", "SQUEUE")  # the tests may run inside a job
+        foreign = ("SLURM", "SBATCH", "SRUN", "SALLOC", "SQUEUE")  # the tests themselves may run in a job
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self.env["SLURM_CONF"] = str(self.root / "slurm.conf")
-        # Cgroups are named by job number, whatever the cluster: numbers unlike those of another one.
+        # Cgroups are named by job number, not by cluster: avoid the numbers of another cluster.
         self.first_job = random.randrange(1, 60000) * 1000
         self._daemons: list[subprocess.Popen[bytes]] = []
 
@@ -97,12 +97,12 @@ class Cluster:
         return int(self.run("sbatch", "--parsable", *arguments, **more).stdout)
 
     def show(self, job: int) -> dict[str, str]:
-        """scontrol's fields of a job; names with blanks in them are cut."""
+        """scontrol's fields of a job; values are cut at the first space."""
         text = self.run("scontrol", "--oneliner", "show", "job", str(job)).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def wait(self, job: int, *states: str, timeout_s: float = 120) -> dict[str, str]:
-        """Until the job is in one of these states, or has ended."""
+        """Wait until the job is in one of these states (default: has ended)."""
         wanted = states or ENDED
         self._until(lambda: self.show(job)["JobState"] in wanted, f"job {job} {wanted}", timeout_s)
         return self.show(job)
@@ -113,7 +113,7 @@ class Cluster:
             dead = [str(d.args) for d in self._daemons if d.poll() is not None]
             if dead or time.monotonic() > until:
                 logs = "\n".join(f"{f.name}: {f.read_text()[-1500:]}" for f in self.root.glob("*.log"))
-                raise TimeoutError(f"waited for {what}; ended: {dead}\n{logs}\n{self._states()}")
+                raise TimeoutError(f"timed out: {what}; exited: {dead}\n{logs}\n{self._states()}")
             time.sleep(0.05)
 
     def _states(self) -> list[str]:
@@ -121,7 +121,7 @@ class Cluster:
         return sorted(line.strip() for line in found.splitlines())
 
     def _daemon(self, name: str, line: list[str]) -> None:
-        """It ends with this process."""
+        """Start a daemon that exits with this process."""
         line = ["setpriv", "--pdeathsig", "TERM", str(_which(line[0])), *line[1:]]
         with open(self.root / f"{name}.log", "ab") as log:
             self._daemons.append(
@@ -187,7 +187,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
         (root / "hosts").write_text(names)
 
     def _kill_jobs(self) -> None:
-        """What slurmd has started: its environment names our slurm.conf and a node."""
+        """Kill what slurmd started: the processes whose environment names our slurm.conf and a node."""
         ours = f"SLURM_CONF={self.env['SLURM_CONF']}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -210,13 +210,13 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
                 for folder, _, _ in os.walk(job, topdown=False):
                     try:
                         os.rmdir(folder)
-                    except OSError:  # a killed process that is not quite gone: left
+                    except OSError:  # a killed process has not exited yet: leave it
                         pass
         subprocess.run(["umount", "-l", freezer], capture_output=True)
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below the range from which the kernel itself gives ports, and srun takes its own."""
+    """Free ports below the kernel's ephemeral range, from which srun takes its own."""
     ports: list[int] = []
     while len(ports) < count:
         port = random.randrange(10000, 20000)

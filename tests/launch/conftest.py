@@ -23,7 +23,7 @@ _spec.loader.exec_module(slurm)
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two nodes n1 and n2. Skipped, with the reason, where there can be none."""
+    """Two nodes n1 and n2. If Slurm can't run here, tests are skipped with the reason."""
     if reason := slurm.why_not():
         pytest.skip(reason)
     running = slurm.Cluster(tmp_path_factory.mktemp("slurm"))
@@ -33,7 +33,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 class SlurmJob:
-    """A job of launch/NAME.sbatch; its `python` may be another program."""
+    """A job of launch/NAME.sbatch; `python`: the text of a script to put in place of its `python`."""
 
     def __init__(
         self, cluster: Any, folder: Path, sbatch: list[str], script: Path, arguments: list[str],
@@ -60,7 +60,7 @@ class SlurmJob:
         return self.log.read_text() if self.log.exists() else ""
 
     def signal(self) -> None:
-        """As --signal=B:USR1@... does, now."""
+        """Send now the signal that --signal=B:USR1@... sends."""
         self.cluster.run("scancel", "--batch", "--signal=USR1", str(self.number))
 
     def wait_until(self, happened: Callable[[], Any], timeout_s: float = 120) -> None:
@@ -70,7 +70,7 @@ class SlurmJob:
             time.sleep(0.02)
 
     def end(self, timeout_s: float = 180) -> tuple[str, int]:
-        """The job's last state and its exit code."""
+        """Wait for the job; return its final state and exit code."""
         shown = self.cluster.wait(self.number, timeout_s=timeout_s)
         return shown["JobState"], int(shown["ExitCode"].partition(":")[0])
 
@@ -87,7 +87,7 @@ class SlurmJob:
 def submit(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., SlurmJob]]:
     """submit("train", *options, sbatch=[...], plan=[...] or fault={...}) -> SlurmJob.
 
-    plan: stand_in.py instead of the trainer. fault: e2e/faulty_train.py. Neither: the trainer.
+    plan: run stand_in.py instead of the trainer. fault: run e2e/faulty_train.py. Neither: run the trainer.
     """
     jobs: list[SlurmJob] = []
     fault_program = ROOT / "tests/e2e/faulty_train.py"

@@ -1,9 +1,10 @@
-"""Stands in for `python` in tests of the batch scripts' own logic: notes the command line, then does as the
-environment variable PLAN says, a list of what to do in each life of the job:
+"""Stand-in for `python` in tests of the batch scripts' own logic: record the command line, then follow the
+environment variable PLAN, a JSON list with one entry for the first run of the job and one for each requeue:
 
-wait      until RUN/stop is there, or SIGTERM comes
-saves_s   seconds that it takes then
-status    written to RUN/status.json (null: nothing is written)
+wait      wait until RUN/stop exists or SIGTERM arrives
+saves_s   then sleep this many seconds, as if saving
+status    written to RUN/status.json (null: write nothing)
+code      exit code (default: 0)
 """
 
 import json
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 arguments = sys.argv[1:]
-if "plainloop.trainer" not in arguments:  # the script reads status.json
+if "plainloop.trainer" not in arguments:  # the batch script's own use of python, to read status.json
     os.execv(sys.executable, [sys.executable, *arguments])
 life = int(os.environ.get("SLURM_RESTART_COUNT", 0))
 names = ("SLURM", "OMP", "HF_", "RANK", "WORLD", "LOCAL", "MASTER", "TMPDIR", "TRITON", "PLAINLOOP")

@@ -1,5 +1,5 @@
 """The logic of launch/*.sbatch on a real Slurm, with a stand-in for the trainer: what is started with which
-options, what is requeued, and that no name is ever executed. FAULTS 32.
+options, what is requeued, and that no name is ever executed as code.
 """
 
 import os
@@ -19,7 +19,7 @@ COMPLETED = {"status": "completed", "step": 9, "began_at": 7, "exit_code": 0}
 
 
 def test_shellcheck() -> None:
-    """Installed by the dev extra."""
+    """shellcheck is installed by the dev extra."""
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program
     scripts = [
@@ -33,7 +33,7 @@ def test_shellcheck() -> None:
 
 
 def test_what_is_requeued(submit: Any) -> None:
-    """Only a run that stopped because the time was up, and that got on. All of these at the same time."""
+    """Only a run that stopped at the time limit and made progress is requeued. All jobs run concurrently."""
     failed = {"status": "failed", "step": 7, "began_at": 3, "exit_code": 2}
     idle = {**STOPPED, "step": 3}
     cases: dict[str, tuple[list[dict[str, Any]], list[str], int, int]] = {
@@ -42,7 +42,7 @@ def test_what_is_requeued(submit: Any) -> None:
         "no progress": ([{"wait": True, "status": idle}], [], 75, 0),
         "user's error": ([{"wait": True, "status": failed, "code": 1}], [], 2, 0),
         "cap": ([{"wait": True, "status": STOPPED}], ["--max-requeues", "0"], 75, 0),
-        # the second life dies before it can say anything: the word of the first does not count
+        # the second run dies before it writes a status; the status of the first must not count
         "silent": ([{"wait": True, "status": STOPPED}, {"wait": True, "code": 9}], [], 9, 1),
         "completed": ([{"wait": True, "status": COMPLETED}], [], 0, 0),
     }
@@ -62,12 +62,12 @@ def test_what_is_requeued(submit: Any) -> None:
         assert state == ("FAILED" if code else "COMPLETED")
         assert len(jobs[name].noted()) == restarts + 1
     assert "not requeued: no step" in jobs["no progress"].output()
-    assert "not requeued: 0 times is enough" in jobs["cap"].output()
-    both = jobs["stopped"].output()  # one log file for both lives
-    assert "life 1" in both and "life 2" in both and "DUE TO JOB REQUEUE" in both
+    assert "not requeued: already requeued 0 times" in jobs["cap"].output()
+    both = jobs["stopped"].output()  # one log file for both runs
+    assert "attempt 1" in both and "attempt 2" in both and "DUE TO JOB REQUEUE" in both
 
 
-def test_stopped_by_hand_is_not_requeued(submit: Any) -> None:
+def test_job_stopped_by_hand_is_not_requeued(submit: Any) -> None:
     by_file, by_scancel = (
         submit(
             "train",
@@ -83,15 +83,15 @@ def test_stopped_by_hand_is_not_requeued(submit: Any) -> None:
     (by_file.folder / "run/stop").touch()
     by_scancel.cluster.run("scancel", str(by_scancel.number))
     by_scancel.wait_until(lambda: "SIGTERM from Slurm" in by_scancel.output())
-    by_scancel.wait_until((by_scancel.folder / "run/status.json").exists)  # saved, as the trainer does
+    by_scancel.wait_until((by_scancel.folder / "run/status.json").exists)  # saved, as the trainer would
     assert by_file.end() == ("FAILED", 75) and by_file.restarts() == 0
     assert by_scancel.end()[0] == "CANCELLED"
     time.sleep(1)
     assert by_scancel.restarts() == 0 and len(by_scancel.noted()) == 1
 
 
-def test_scancel_after_the_warning_ends_it(submit: Any) -> None:
-    """While the run still saves. `scontrol requeue` would bring a cancelled job back to life."""
+def test_scancel_after_the_warning_signal_ends_the_job(submit: Any) -> None:
+    """While the run is still saving. `scontrol requeue` would restart a cancelled job."""
     job = submit(
         "train", "--cpu-workers=1", "--run_dir=run", sbatch=NO_GPU,
         plan=[{"wait": True, "saves_s": 2, "status": STOPPED}, {"status": COMPLETED}],
@@ -101,13 +101,13 @@ def test_scancel_after_the_warning_ends_it(submit: Any) -> None:
     job.wait_until((job.folder / "run/stop").exists)
     job.cluster.run("scancel", str(job.number))
     assert job.end()[0] == "CANCELLED"
-    assert "stopped at step 7, begun at 3; exit code 75" in job.output()
-    time.sleep(8)  # a requeued job would begin after 6
+    assert "stopped at step 7, started at 3; exit code 75" in job.output()
+    time.sleep(8)  # a requeued job would begin after 6 s
     assert job.restarts() == 0 and len(job.noted()) == 1
 
 
-def test_a_preemption_with_a_grace_time(submit: Any) -> None:
-    """Then only the tasks are signalled; the script puts the job back without waiting for the grace's end."""
+def test_preemption_with_a_grace_time(submit: Any) -> None:
+    """Slurm then signals only the tasks; the script requeues the job before the grace time is over."""
     job = submit(
         "train", "--cpu-workers=1", "--run_dir=run", sbatch=[*NO_GPU, "--partition=graceful"],
         plan=[{"wait": True, "status": STOPPED}, {"status": COMPLETED}],
@@ -120,8 +120,8 @@ def test_a_preemption_with_a_grace_time(submit: Any) -> None:
     assert job.cluster.wait(urgent)["JobState"] == "COMPLETED"
 
 
-def test_a_task_of_an_array_is_requeued_alone(submit: Any) -> None:
-    """The number of one of them is the array's: by that number Slurm would requeue all."""
+def test_array_task_is_requeued_alone(submit: Any) -> None:
+    """One task's job id is also the array's id: given that id, Slurm would requeue all tasks."""
     job = submit(
         "train", "--cpu-workers=1", "--run_dir=run", sbatch=[*NO_GPU, "--array=1-2"],
         plan=[{"wait": True, "status": STOPPED}, {"status": COMPLETED}],
@@ -140,8 +140,8 @@ def test_a_task_of_an_array_is_requeued_alone(submit: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_before_anything_runs_is_not_lost(submit: Any, options: Any, tmp_path: Path) -> None:
-    """While modules are loaded, here by a virtual environment that takes its time."""
+def test_signal_before_the_trainer_starts_is_not_lost(submit: Any, options: Any, tmp_path: Path) -> None:
+    """While the environment is set up, here by a virtual environment that is slow to activate."""
     folder = tmp_path / "early"
     (folder / ".venv/bin").mkdir(parents=True)
     slow = (
@@ -149,7 +149,7 @@ def test_a_signal_before_anything_runs_is_not_lost(submit: Any, options: Any, tm
     )
     (folder / ".venv/bin/activate").write_text(slow)
     (folder / "run").mkdir()
-    (folder / "run/stop").touch()  # of an earlier job, and no concern of this one
+    (folder / "run/stop").touch()  # left by an earlier job; must not affect this one
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     job = submit(
         "train", "--cpu-workers=1", *arguments, "--run_dir=run", sbatch=NO_GPU, folder=folder, VIRTUAL_ENV=""
@@ -157,7 +157,7 @@ def test_a_signal_before_anything_runs_is_not_lost(submit: Any, options: Any, tm
     job.wait_until((folder / "loading").exists)
     job.signal()
     assert job.end(60) == ("FAILED", 75), job.output()
-    assert "stopped at step 0: the file run/stop" in job.output() and "no step was made" in job.output()
+    assert "stopped at step 0: the file run/stop" in job.output() and "no step was completed" in job.output()
 
 
 NAMES = {
@@ -171,8 +171,8 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_names_are_names(name: str, submit: Any, tmp_path: Path) -> None:
-    """As job name, run folder, option and value: they arrive letter by letter, and nothing is executed."""
+def test_hostile_names_are_passed_verbatim(name: str, submit: Any, tmp_path: Path) -> None:
+    """As job name, run folder, option and value: they arrive unchanged, and nothing is executed."""
     run_dir = name[:200]
     job = submit(
         "train", "--cpu-workers", "2", "--config", name, "--run_dir", run_dir, f"--data.train={name}", name,
@@ -188,7 +188,7 @@ def test_names_are_names(name: str, submit: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_hostile_node_list_is_refused(cluster: Any, tmp_path: Path) -> None:
+def test_hostile_node_list_is_rejected(cluster: Any, tmp_path: Path) -> None:
     line = ["sbatch", "--nodelist=n1;touch pwned", "--wrap=true"]
     assert cluster.run(*line, check=False, cwd=tmp_path).returncode != 0
     hostile = {
@@ -217,7 +217,7 @@ def test_processes_and_environment(submit: Any, tmp_path: Path) -> None:
     assert {note["env"]["RANK"] for note in on_gpus.noted()} == {"0", "1"}
     ranks.wait_until(lambda: len(ranks.noted()) == 6)
     gpus.wait_until(lambda: len(gpus.noted()) == 4)
-    for note in gpus.noted():  # two tasks of an array on two nodes each
+    for note in gpus.noted():  # two array tasks, on two nodes each
         argv, seed, env = note["argv"], note["env"]["SLURM_ARRAY_TASK_ID"], note["env"]
         job = int(env["SLURM_JOB_ID"])
         assert argv[:2] == ["-m", "torch.distributed.run"] and {"--nnodes=2", "--nproc-per-node=2"} <= set(
@@ -240,11 +240,11 @@ def test_processes_and_environment(submit: Any, tmp_path: Path) -> None:
     assert ranks.noted()[0]["argv"][:3] == ["-m", "plainloop.trainer", "evaluate"]
 
 
-def test_refusals(submit: Any) -> None:
+def test_invalid_usage_is_rejected(submit: Any) -> None:
     cases = {
         "--run_dir FOLDER is missing": ["--cpu-workers=1"],
-        "no GPU: give sbatch": ["--run_dir=run"],
-        "--launcher mpi: there are": ["--run_dir=run", "--cpu-workers=1", "--launcher", "mpi"],
+        "no GPU: pass sbatch": ["--run_dir=run"],
+        "--launcher mpi: must be": ["--run_dir=run", "--cpu-workers=1", "--launcher", "mpi"],
         "--max-requeues x: not": ["--run_dir=run", "--cpu-workers=1", "--max-requeues=x"],
     }
     jobs = {text: submit("train", *line, sbatch=NO_GPU, plan=[{}]) for text, line in cases.items()}

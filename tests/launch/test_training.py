@@ -1,4 +1,4 @@
-"""The trainer itself in a real Slurm: two nodes, time limits, requeues from inside and outside."""
+"""The trainer in a real Slurm: two nodes, time limits, requeues by the batch script and by Slurm."""
 
 import json
 import re
@@ -18,15 +18,15 @@ def as_arguments(options: dict[str, Any], **changes: Any) -> list[str]:
 
 
 def lives(output: str) -> list[tuple[int, int]]:
-    """(step at the start, step at the end) of each life, by the log file."""
-    found = re.findall(r"train.sbatch: \w+ at step (\d+), begun at (\d+);", output)
+    """(step at the start, step at the end) of each run of the job, from the log file."""
+    found = re.findall(r"train.sbatch: \w+ at step (\d+), started at (\d+);", output)
     return [(int(began), int(ended)) for ended, began in found]
 
 
-def test_two_nodes_are_like_two_processes(
+def test_two_nodes_match_two_processes(
     submit: Any, options: Any, launch: Any, metrics: Any, tensors: Any, assert_same_bits: Any
 ) -> None:
-    """And names are names, to the trainer too."""
+    """The run folder and the job have a hostile name, which must not be executed."""
     dev = options["data.train"]
     launch(2, "train", options | {"data.dev": dev})
     hostile = 'a "run" on $(touch pwned) two; nodes ☃'
@@ -48,15 +48,15 @@ def test_two_nodes_are_like_two_processes(
     assert scored.end() == ("COMPLETED", 0), scored.output()
     shown = json.loads(scored.output()[scored.output().index("{") :])
     known = metrics(options["run_dir"], "evaluation")[-1]
-    for name, value in shown.items():  # logits differ in their last bits: other batches, other padding
+    for name, value in shown.items():  # logits differ in their last bits: batches and padding differ
         rounded = name == "loss" or name.endswith("thresh")
         assert value == (pytest.approx(known[name], rel=1e-5) if rounded else known[name])
 
 
-def test_requeued_again_and_again(
+def test_repeated_requeues(
     submit: Any, options: Any, launch: Any, tensors: Any, assert_same_bits: Any
 ) -> None:
-    """By the warning signal in an evaluation and in a save, by scontrol requeue, and by a preemption."""
+    """By the warning signal (in an evaluation, in a save), by scontrol requeue, and by preemption."""
     options |= {
         "data.dev": options["data.train"], "evaluation.every_steps": 8,
         "evaluation.tokens_per_device": 400, "checkpoint.every_steps": 10, "checkpoint.async": "false",
@@ -70,7 +70,7 @@ def test_requeued_again_and_again(
     run_dir = job.folder / "run"
 
     def in_life(number: int, text: str) -> Any:
-        return lambda: text in job.output().partition(f"life {number},")[2]
+        return lambda: text in job.output().partition(f"attempt {number},")[2]
 
     job.wait_until(in_life(1, "step 8/30"))
     job.signal()
@@ -94,13 +94,13 @@ def test_requeued_again_and_again(
     assert_same_bits(tensors(options["run_dir"], 30), tensors(run_dir, 30))
 
 
-def test_a_true_time_limit(
+def test_requeue_at_the_time_limit(
     submit: Any, options: Any, launch: Any, tensors: Any, assert_same_bits: Any
 ) -> None:
-    """Two minutes, of which Slurm warns 30 to 60 s before their end; ranks from Slurm's environment."""
+    """Two minutes; Slurm sends its warning 30 to 60 s before the end. Ranks come from Slurm's environment."""
     launch(2, "train", options)
     status = {"step": 7, "began_at": 3, "exit_code": 75}
-    unwarned = submit(  # no signal ahead of its end: at SIGTERM there is still time to save, and to requeue
+    unwarned = submit(  # no warning signal: after SIGTERM there is still time to save and to requeue
         "train", "--cpu-workers=1", "--run_dir=run", sbatch=["--time=1", "--signal=CONT@1", *NO_GPU],
         plan=[{"wait": True, "status": {**status, "status": "stopped"}}, {"status": {"status": "completed"}}],
     )  # fmt: skip
@@ -111,8 +111,8 @@ def test_a_true_time_limit(
     assert job.end(240) == ("COMPLETED", 0), job.output()
     output = job.output()
     assert job.restarts() == 1 and output.count("the time limit is near: asking for a stop") == 1
-    assert re.search(r"the job ends in 00:01:\d\d, the run needs about .* requeues? to be expected", output)
-    assert "--signal=B:USR1@70 is early enough" in output  # a minute, a step of 4 s, a save
+    assert re.search(r"the job ends in 00:01:\d\d, the run needs about .* expect about .* requeue", output)
+    assert "--signal=B:USR1@70 is early enough" in output  # 60 s, a 4 s step, a save
     (first, second) = lives(output)
     assert first[0] == 0 < first[1] < 30 and second == (first[1], 30)
     assert_same_bits(tensors(options["run_dir"], 30), tensors(job.folder / "run", 30))
@@ -120,7 +120,7 @@ def test_a_true_time_limit(
     assert "SIGTERM from Slurm: the time limit is reached" in unwarned.output()
 
 
-def test_a_users_error_is_not_requeued(submit: Any, options: Any) -> None:
+def test_user_error_is_not_requeued(submit: Any, options: Any) -> None:
     missing = str(Path(options["data.train"]).parent / "missing.json")
     job = submit(
         "train", "--cpu-workers", "1", *as_arguments(options, **{"data.train": missing}), sbatch=NO_GPU
@@ -129,8 +129,8 @@ def test_a_users_error_is_not_requeued(submit: Any, options: Any) -> None:
     assert f"plainloop: error: {missing}: no such file." in job.output()
 
 
-def test_the_wheels_own_scripts(submit: Any, options: Any, installed_wheel: Any) -> None:
-    """And a time limit that is no concern: one life."""
+def test_batch_scripts_of_the_wheel(submit: Any, options: Any, installed_wheel: Any) -> None:
+    """The time limit is not reached: no requeue."""
     _, target = installed_wheel
     job = submit(
         "train", "--cpu-workers", "1", *as_arguments(options, max_steps=3, run_dir="run"), sbatch=NO_GPU,

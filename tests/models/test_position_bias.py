@@ -1,4 +1,4 @@
-"""T5's bias and mask joined once a stack: same logits and gradients, fewer large tensors, nothing kept."""
+"""T5's bias and mask, merged once per stack: same logits and gradients, fewer large tensors, no leaks."""
 
 import copy
 import gc
@@ -17,7 +17,7 @@ from plainloop.models.spans import load_span_model
 
 @pytest.fixture
 def pair(tiny_t5: Path) -> tuple[Seq2SeqModel, Seq2SeqModel]:
-    """As transformers has it, and ours; dropout off, training."""
+    """(the model as in transformers, with our shared bias), in training mode without dropout."""
     plain = load_seq2seq_model(str(tiny_t5), dropout=0.0)
     shared = Seq2SeqModel(copy.deepcopy(plain.network))
     share_position_bias(shared.network)
@@ -35,7 +35,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 class Large(TorchDispatchMode):
-    """Counts the tensors of (rows, heads, 48, 48)."""
+    """Count tensors of shape (rows, heads, 48, 48)."""
 
     count = 0
 
@@ -67,7 +67,7 @@ def test_generated_texts_are_the_same(pair: Any) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_no_mask_outlives_its_pass(pair: Any, recompute: bool) -> None:
+def test_masks_are_freed_after_each_pass(pair: Any, recompute: bool) -> None:
     model = pair[1]
     if recompute:
         checkpoint_activations(model.network)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from plainloop.data.types import IGNORE_INDEX, InputError
-from plainloop.models import cpu
-from plainloop.models.cpu import speed_up_dropout
+from plainloop.data.errors import InputError
+from plainloop.data.types import IGNORE_INDEX
+from plainloop.models import cpu_dropout
+from plainloop.models.cpu_dropout import speed_up_dropout
 from plainloop.models.load import load_tokenizer
 from plainloop.models.seq2seq import generate, load_seq2seq_model, sequence_log_probs, token_loss_sum
-from plainloop.models.tiny import write_tiny_t5
+from plainloop.models.tiny_t5 import write_tiny_t5
 
 T5_LIKE: dict[str, Any] = {
     "vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2,
@@ -46,7 +47,7 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-def test_logits_are_those_of_transformers_at_the_scored_positions(folder: Path) -> None:
+def test_logits_match_transformers_at_the_scored_positions(folder: Path) -> None:
     from transformers import AutoModelForSeq2SeqLM
 
     theirs = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
@@ -56,18 +57,18 @@ def test_logits_are_those_of_transformers_at_the_scored_positions(folder: Path) 
     torch.testing.assert_close(model(**batch()), expected, atol=1e-6, rtol=1e-5)
     speed_up_dropout(model.network)
     torch.testing.assert_close(model(**batch()), expected, atol=1e-6, rtol=1e-5)
-    assert model.network(**full).logits.shape == (2, 4, 60)  # generation sees all positions
+    assert model.network(**full).logits.shape == (2, 4, 60)  # generation gets the logits of all positions
 
 
-def test_cheap_attention_without_a_drop_is_attention(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training mode, with a mask that drops nothing: causality, padding and T5's bias are there."""
+def test_cpu_attention_that_drops_nothing_matches_eval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training mode, with a mask that drops nothing: causal mask, padding and T5's bias are applied."""
     model = load_seq2seq_model(str(folder))
     expected = model.eval()(**batch())
-    monkeypatch.setattr(cpu, "cpu_dropout", lambda x, p: x)
-    monkeypatch.setattr(functional, "dropout", lambda x, p=0.5, training=True: x)  # BART's outside attention
+    monkeypatch.setattr(cpu_dropout, "cpu_dropout", lambda x, p: x)
+    monkeypatch.setattr(functional, "dropout", lambda x, p=0.5, training=True: x)  # BART, outside attention
     speed_up_dropout(model.network)
     for module in model.modules():
-        if hasattr(module, "is_causal"):  # an attention: make it take the path with dropout
+        if hasattr(module, "is_causal"):  # an attention module: force the dropout path
             module.dropout = 0.1
     torch.testing.assert_close(model.train()(**batch()), expected, atol=1e-5, rtol=1e-4)
 
@@ -77,7 +78,7 @@ def test_gradients_reach_every_parameter(folder: Path) -> None:
     speed_up_dropout(model.network)
     token_loss_sum(model(**batch()), {"target": torch.tensor([7, 8, 9, 1, 11, 1])}).backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
-    assert not missing, "DDP would wait for these for ever"
+    assert not missing, "DDP would hang on these"
 
 
 def test_loss_by_hand() -> None:
@@ -92,8 +93,8 @@ def test_loss_by_hand() -> None:
     assert token_loss_sum(logits, nothing).item() == 0
 
 
-def test_generation_is_the_likeliest_token_by_token(folder: Path) -> None:
-    """Against a plain loop over full forward passes, and with the log-probabilities that it adds up."""
+def test_generation_is_greedy(folder: Path) -> None:
+    """Compare tokens and summed log-probabilities with a plain loop over full forward passes."""
     model = load_seq2seq_model(str(folder)).eval()
     inputs = {name: tensor for name, tensor in batch().items() if name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
@@ -127,6 +128,6 @@ def test_a_tiny_t5_from_scratch(tmp_path: Path) -> None:
     assert load_seq2seq_model(str(tmp_path)).network.config.vocab_size == len(tokenizer)
 
 
-def test_an_encoder_is_refused(tiny_model: Path) -> None:
+def test_encoder_only_model_is_rejected(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="no model can be loaded"):
         load_seq2seq_model(str(tiny_model))

@@ -1,4 +1,4 @@
-"""The span model: losses by hand, several architectures, checkpoints that both sides read."""
+"""The span model: loss by hand, several architectures, checkpoints compatible with transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from plainloop.data.types import IGNORE_INDEX, InputError
-from plainloop.models.cpu import speed_up_dropout
+from plainloop.data.errors import InputError
+from plainloop.data.types import IGNORE_INDEX
+from plainloop.models.cpu_dropout import speed_up_dropout
 from plainloop.models.load import load_tokenizer
 from plainloop.models.spans import load_span_model, span_loss_sum
 
@@ -46,7 +47,7 @@ def test_encoders_of_several_families(tmp_path: Path, family: str) -> None:
     labels = {"start": torch.tensor([1, 2]), "end": torch.tensor([3, 4])}
     span_loss_sum(logits, labels).backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
-    assert not missing, "DDP would wait for these for ever"
+    assert not missing, "DDP would hang on these"
     model.eval()
     alone = {name: tensor[1:, :5] for name, tensor in inputs().items()}
     torch.testing.assert_close(model(**inputs())[1, :5], model(**alone)[0], atol=1e-5, rtol=1e-4)
@@ -55,7 +56,7 @@ def test_encoders_of_several_families(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(loss, unpadded)  # softmax over the unpadded positions
 
 
-def test_our_checkpoint_is_theirs_and_theirs_is_ours(tmp_path: Path) -> None:
+def test_checkpoints_are_interchangeable_with_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering
 
     theirs = BertForQuestionAnswering(BertConfig(**SMALL)).eval()
@@ -71,7 +72,7 @@ def test_our_checkpoint_is_theirs_and_theirs_is_ours(tmp_path: Path) -> None:
     assert torch.equal(again(**inputs()).start_logits, expected.start_logits)
 
 
-def test_a_checkpoint_without_a_head_is_not_evaluated_in_silence(tiny_model: Path) -> None:
+def test_checkpoint_without_a_qa_head_is_rejected(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="qa_outputs"):
         load_span_model(str(tiny_model), new_head=False)
 
@@ -83,7 +84,7 @@ def test_dropout_overrides(tiny_model: Path) -> None:
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.2)
 
 
-def test_folders_that_hold_no_model_or_no_fast_tokenizer(tmp_path: Path) -> None:
+def test_folders_without_a_model_or_fast_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         load_tokenizer("./nowhere")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""A local server that speaks so much of the hub's HTTP interface as downloads of one revision need."""
+"""A local server with the part of the hub's HTTP API that is needed to download one revision."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """repositories: {"model user/name" or "dataset user/name": folder}. `url` is what HF_ENDPOINT wants."""
+    """repositories: {"model user/name" or "dataset user/name": folder}. `url`: value for HF_ENDPOINT."""
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         self.repositories = repositories
         self.requests: list[str] = []
-        self.fail_after: int | None = None  # so many more file downloads, and it breaks off
+        self.fail_after: int | None = None  # fail after this many more file downloads
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Damage of every kind to every file of a checkpoint is found, and the older one is taken."""
+"""Any damage to any file of a checkpoint is detected, and the previous checkpoint is used."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from plainloop.data.types import InputError
-from plainloop.trainer.checkpoint import (
+from plainloop.data.errors import InputError
+from plainloop.trainer.checkpoint.folder import (
     counters,
     newest_good,
     restore,
     retain,
     save_checkpoint,
     verify,
-    write_atomically,
 )
 from plainloop.trainer.errors import RunError
+from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.state import TrainState
 
 
@@ -46,7 +46,7 @@ def save(folder: Path, step: int) -> TrainState:
         (path / "config.json").write_text("{}")
         save_file(state.model.state_dict(), path / "model.safetensors")
 
-    more = {"loss_sum": 1.5, "fingerprint": {}, "surroundings": {}, "config": {"precision": "fp32"}}
+    more = {"loss_sum": 1.5, "fingerprint": {}, "environment": {}, "config": {"precision": "fp32"}}
     save_checkpoint(folder, save_model, state.optimizer_tensors(), counters(state) | more, size=1000)
     return state
 
@@ -70,7 +70,7 @@ def flip_one_bit(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [remove, truncate, flip_one_bit])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_newest_is_reported_and_the_older_one_is_taken(
+def test_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(
     tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     for step in (5, 12):
@@ -85,17 +85,17 @@ def test_a_damaged_newest_is_reported_and_the_older_one_is_taken(
     assert not (tmp_path / "step-00000012").exists()
 
 
-def test_all_bad_is_an_error_that_lists_them(tmp_path: Path) -> None:
+def test_all_checkpoints_damaged_is_an_error_that_lists_them(tmp_path: Path) -> None:
     for step in (5, 12):
         save(tmp_path, step)
         truncate(tmp_path / f"step-{step:08d}" / "model.safetensors")
-    for _ in range(2):  # nor does a second start begin from scratch
+    for _ in range(2):  # a second start must not train from scratch either
         with pytest.raises(InputError, match="(?s)step-00000012: model.safetensors has .*step-00000005"):
             newest_good(tmp_path, lambda _: None)
     assert newest_good(tmp_path / "empty", lambda _: None) is None
 
 
-def test_state_comes_back_by_the_bit(tmp_path: Path) -> None:
+def test_restored_state_is_bitwise_identical(tmp_path: Path) -> None:
     saved = save(tmp_path, 7)
     found = newest_good(tmp_path, lambda _: None)
     assert found is not None
@@ -109,13 +109,13 @@ def test_state_comes_back_by_the_bit(tmp_path: Path) -> None:
 def test_retention_by_step_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    os.utime(tmp_path / "step-00000001", (2**31, 2**31))  # a clock that went wrong decides nothing
+    os.utime(tmp_path / "step-00000001", (2**31, 2**31))  # a wrong clock must not matter
     (tmp_path / ".tmp-step-00000009-1").mkdir()
     retain(tmp_path, keep_last=1, best_step=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 
-def test_an_interrupted_save_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_save_leaves_no_files(tmp_path: Path) -> None:
     save(tmp_path, 1)
 
     def fail(_: Path) -> None:
@@ -139,7 +139,7 @@ def _umask() -> int:
     return umask
 
 
-def test_disk_full_ends_with_one_line_and_the_old_checkpoint(
+def test_full_disk_ends_the_run_with_one_line_and_keeps_the_old_checkpoint(
     small_disk: Path, options: dict[str, Any], train: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from plainloop.trainer.loop import Verdict
@@ -157,7 +157,7 @@ def test_disk_full_ends_with_one_line_and_the_old_checkpoint(
     assert train(**small) == Verdict.COMPLETED
 
 
-def test_small_files_are_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_small_files_are_replaced_atomically(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a.json", "1")
     write_atomically(tmp_path / "a.json", json.dumps({"b": 2}))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

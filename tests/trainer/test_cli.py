@@ -1,4 +1,4 @@
-"""The command line: help that is quick, and every mistake of a user as one line and exit code 2."""
+"""The command line: --help is fast; every user error is one line and exit code 2."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Fail = Callable[..., str]
 
 @pytest.fixture
 def fails(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> Fail:
-    """Run a command in this process; it must end with code 2 and one error line, which is returned."""
+    """Run a command in this process, assert exit code 2 and one error line, and return that line."""
 
     def run(command: str, *, base: bool = True, **changes: Any) -> str:
         chosen = (options if base else {}) | changes
@@ -34,8 +34,8 @@ def fails(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> Fail:
     return run
 
 
-def test_help_is_quick_and_lists_the_commands() -> None:
-    """Quick because nothing heavy is imported; the time itself is measured in tests/bench."""
+def test_help_is_fast_and_lists_the_commands() -> None:
+    """Fast because nothing heavy is imported; tests/bench measures the time."""
     code = "import sys, plainloop.trainer.cli as c; c.main(['--help']); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert all(word in result.stdout for word in ("train", "evaluate", "demo"))
@@ -46,7 +46,8 @@ def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> Non
     import dataclasses
     import typing
 
-    from plainloop.trainer.config import DemoConfig, ScoreConfig, TrainConfig
+    from plainloop.trainer.config.command_options import DemoConfig, ScoreConfig
+    from plainloop.trainer.config.options import TrainConfig
 
     def check(kind: Any) -> None:
         for item in dataclasses.fields(kind):
@@ -64,7 +65,7 @@ def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_unknown_commands_and_options(fails: Fail) -> None:
-    assert "unknown command 'trian'; there are train, evaluate, fetch, doctor, demo." in fails(
+    assert "unknown command 'trian'; choose from train, evaluate, fetch, doctor, demo." in fails(
         "trian", base=False
     )
     assert "unknown option --batchsize; did you mean batch_size?" in fails("train", batchsize=3)
@@ -95,8 +96,8 @@ def test_bad_models(fails: Fail, tmp_path: Path) -> None:
     assert "no such folder" in fails("train", **{"model.path": tmp_path / "nowhere"})
 
 
-def test_a_hub_name_without_network_is_one_line_within_a_minute(options: dict[str, Any]) -> None:
-    """The hub is a port of this machine that refuses; not HF_HUB_OFFLINE, which users forget to set."""
+def test_hub_name_without_network_is_one_error_line_within_a_minute(options: dict[str, Any]) -> None:
+    """The hub is a local port that refuses connections. HF_HUB_OFFLINE is not set: users forget it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,7 +113,7 @@ def test_a_hub_name_without_network_is_one_line_within_a_minute(options: dict[st
     assert len(lines) == 1 and "--local-dir" in lines[0] and "Traceback" not in result.stderr
 
 
-def test_run_folder_that_cannot_be_written(fails: Fail, tmp_path: Path) -> None:
+def test_unwritable_run_folder(fails: Fail, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert f"run_dir {tmp_path}/file/run" in fails("train", run_dir=tmp_path / "file/run")
     folder = tmp_path / "read-only"
@@ -120,12 +121,12 @@ def test_run_folder_that_cannot_be_written(fails: Fail, tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
     if shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0:
         try:
-            assert "Read-only file system; choose a folder" in fails("train", run_dir=folder / "run")
+            assert "Read-only file system; choose a writable folder" in fails("train", run_dir=folder / "run")
         finally:
             subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_half_an_environment_is_refused(fails: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_distributed_environment_is_rejected(fails: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     assert "half set" in fails("train")
 
@@ -142,16 +143,14 @@ def test_scoring_a_predictions_file_needs_no_model(
     (tmp_path / "some.json").write_text(json.dumps(some | {"stray": "x"}))
     assert main(["evaluate", "--predictions", str(tmp_path / "some.json"), "--data", data]) == 0
     said = capfd.readouterr().err
-    assert (
-        "10 of 11873 questions have no prediction" in said and "1 predictions belong to no question" in said
-    )
+    assert "10 of 11873 questions have no prediction" in said and "1 predictions match no question" in said
     strict = {"predictions": tmp_path / "some.json", "data": data, "strict": "true"}
     assert "10 ids have no prediction" in fails("evaluate", base=False, **strict)
     (tmp_path / "list.json").write_text("[]")
     assert "must be a JSON object" in fails(
         "evaluate", base=False, predictions=tmp_path / "list.json", data=data
     )
-    assert "wants --data FILE" in fails("evaluate", base=False, data=data)
+    assert "needs --data FILE" in fails("evaluate", base=False, data=data)
 
 
 def test_a_run_folder_can_be_evaluated(

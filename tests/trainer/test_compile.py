@@ -1,4 +1,4 @@
-"""torch.compile: the same curve as without, few graphs for few widths, kept for the next start."""
+"""torch.compile: same loss curve as eager, one graph per width, compiled code cached for the next start."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from plainloop.models.compiled import compiled
-from plainloop.trainer.device import keep_compiled_code
+from plainloop.trainer.distributed.device import keep_compiled_code
 
 STILL = {"model.dropout": 0.0, "max_steps": 4}
 
@@ -33,7 +33,7 @@ def test_texts(text_options: dict[str, Any], train: Any, metrics: Any, tmp_path:
 
 
 @pytest.mark.slow
-def test_two_ranks_with_recomputed_activations_resume_to_the_bit(
+def test_two_ranks_with_activation_checkpointing_resume_bitwise_identical(
     options: dict[str, Any], launch: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
     options |= {"model.compile": "true", "data.num_widths": 2, "model.activation_checkpointing": "true"}
@@ -45,7 +45,7 @@ def test_two_ranks_with_recomputed_activations_resume_to_the_bit(
     assert_same_bits(tensors(tmp_path / "whole", 4), tensors(tmp_path / "halves", 4))
 
 
-def test_a_graph_for_each_width_whatever_the_number_of_rows() -> None:
+def test_one_graph_per_width_for_any_number_of_rows() -> None:
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -59,7 +59,7 @@ def test_a_graph_for_each_width_whatever_the_number_of_rows() -> None:
     torch._dynamo.reset()
     by_width = compiled(Twice(), num_shapes=12)
     by_width.compiled = torch.compile(Twice(), backend=backend)  # type: ignore[assignment]
-    for width in range(8, 8 + 12):  # more than torch allows by default
+    for width in range(8, 8 + 12):  # more than torch's default recompile limit
         for rows in (2, 3, 7):
             x = torch.ones(rows, width)
             assert torch.equal(by_width(x=x), x * 2 + width)
@@ -71,7 +71,7 @@ def test_compiled_code_is_kept_in_the_cache_folder(monkeypatch: pytest.MonkeyPat
     keep_compiled_code(str(tmp_path), torch.device("cpu"))
     first = os.environ["TORCHINDUCTOR_CACHE_DIR"]
     assert first.startswith(str(tmp_path / "compiled-"))
-    keep_compiled_code("elsewhere", torch.device("cpu"))  # the user's, or the first run's of this process
+    keep_compiled_code("elsewhere", torch.device("cpu"))  # already set by the user or by an earlier run
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == first
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     keep_compiled_code(str(tmp_path), torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-"""What is asked of a device before training, and what is done when its memory runs out."""
+"""Device checks before training, and handling of out-of-memory errors."""
 
 from pathlib import Path
 from typing import Any
@@ -7,42 +7,41 @@ import numpy as np
 import pytest
 import torch
 
-from plainloop.data.types import InputError
-from plainloop.trainer import distributed
-from plainloop.trainer.device import require_kernels, require_own_gpus, set_up_device
-from plainloop.trainer.distributed import World, world_from_env
+from plainloop.data.errors import InputError
+from plainloop.trainer.distributed.device import require_kernels, require_own_gpus, set_up_device
+from plainloop.trainer.distributed.world import World, world_from_env
 from plainloop.trainer.errors import explain, is_out_of_memory
-from plainloop.trainer.evaluate import halved
+from plainloop.trainer.tasks.evaluation import halved
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_gpus_that_the_installed_torch_has_code_for(capability: tuple[int, int]) -> None:
+def test_gpus_supported_by_the_installed_torch(capability: tuple[int, int]) -> None:
     require_kernels(capability, CUDA_13, "GPU")
     require_kernels((13, 0), [*CUDA_13, "compute_120"], "GPU")
     require_kernels((9, 0), ["sm_90a"], "GPU")
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (6, 0), (11, 0)])
-def test_a_gpu_without_code_is_refused_with_a_remedy(capability: tuple[int, int]) -> None:
+def test_unsupported_gpu_is_rejected_with_a_remedy(capability: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="V100 is sm_.*has code for sm_75.*an older CUDA"):
         require_kernels(capability, CUDA_13, "V100")
 
 
-def test_one_gpu_for_two_ranks_is_refused() -> None:
+def test_two_ranks_on_one_gpu_are_rejected() -> None:
     require_own_gpus([3, 1, 2])
     with pytest.raises(InputError, match="ranks 0 and 2 have the same GPU"):
         require_own_gpus([3, 1, 3])
 
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(1, 3, 0), (4, 3, 3), (1, 0, 0), (2, 3, None)])
-def test_the_gpu_of_a_rank(
+def test_gpu_of_each_rank(
     visible: int, local_rank: int, index: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """srun --gpus-per-task=1 shows each rank one GPU, its own."""
-    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: visible)
+    """With srun --gpus-per-task=1, each rank sees only its own GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     for name, value in (("RANK", 3), ("WORLD_SIZE", 4), ("LOCAL_RANK", local_rank)):
         monkeypatch.setenv(name, str(value))
     if index is None:
@@ -52,7 +51,7 @@ def test_the_gpu_of_a_rank(
         assert world_from_env("cuda").device == torch.device("cuda", index)
 
 
-def test_deterministic_is_set_and_taken_back() -> None:
+def test_deterministic_mode_is_set_and_reset() -> None:
     world = World(0, 1, 0, torch.device("cpu"))
     set_up_device(world, tf32=True, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
@@ -60,7 +59,7 @@ def test_deterministic_is_set_and_taken_back() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_lack_of_memory_is_one_line_and_exit_code_2() -> None:
+def test_out_of_memory_is_one_line_and_exit_code_2() -> None:
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried ..."),
@@ -90,24 +89,24 @@ def test_a_batch_that_does_not_fit_is_halved(capsys: Any) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         halved(never, np.arange(4))
     with pytest.raises(KeyError):
-        halved(lambda rows: {}[0], np.arange(4))  # only a lack of memory is tried again
+        halved(lambda rows: {}[0], np.arange(4))  # only out-of-memory errors are retried
 
 
 @pytest.mark.parametrize("task", ["span", "text"])
-def test_an_evaluation_with_too_little_memory_gives_the_same_figures(
+def test_evaluation_with_too_little_memory_gives_the_same_metrics(
     task: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
-    """The model refuses more than 5 rows, as a full GPU would."""
+    """The model runs out of memory on more than 5 rows, like a full GPU."""
     from plainloop.models.seq2seq import Seq2SeqModel
     from plainloop.models.spans import SpanModel
-    from plainloop.trainer.config import ScoreConfig
-    from plainloop.trainer.score import score
+    from plainloop.trainer.commands.evaluate import score
+    from plainloop.trainer.config.command_options import ScoreConfig
 
     options = request.getfixturevalue("options" if task == "span" else "text_options")
     dev = options["data.train"]
     if task == "span":
-        from plainloop.trainer.config import TrainConfig
-        from plainloop.trainer.options import parse
+        from plainloop.trainer.config.options import TrainConfig
+        from plainloop.trainer.config.parse import parse
         from plainloop.trainer.run import train
 
         lines = [f"--{name}={value}" for name, value in options.items()]

@@ -1,4 +1,4 @@
-"""plainloop doctor: each check says yes here, and no with a remedy where its fault is put."""
+"""plainloop doctor: every check passes here, and fails with a remedy when its fault is injected."""
 
 import dataclasses
 import importlib.metadata
@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from plainloop.data.types import InputError
-from plainloop.trainer import doctor as doctor_module
-from plainloop.trainer.config import DoctorConfig
-from plainloop.trainer.doctor import Doctor, Doubt
-from plainloop.trainer.manifest import write_manifest
-from plainloop.trainer.options import parse
-from plainloop.trainer.probe import TwoRanks, try_file_system, versions
+from plainloop.data.errors import InputError
+from plainloop.trainer.commands import doctor as doctor_module
+from plainloop.trainer.commands.doctor import Doctor
+from plainloop.trainer.commands.fetch import write_manifest
+from plainloop.trainer.commands.probe import TwoRanks, try_file_system, versions
+from plainloop.trainer.config.command_options import DoctorConfig
+from plainloop.trainer.config.parse import parse
+from plainloop.trainer.errors import Doubt
 
 
 def as_arguments(options: dict[str, Any]) -> list[str]:
@@ -41,8 +42,8 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
 
-def test_a_real_model_and_real_data(minilm: str, real_data: Path, tmp_path: Path) -> None:
-    """Everything is well, in under 60 s; nothing is left behind."""
+def test_all_checks_pass_on_a_real_model_and_data(minilm: str, real_data: Path, tmp_path: Path) -> None:
+    """All checks pass in under 60 s; no files are left behind."""
     arguments = {
         "run_dir": tmp_path / "runs/squad", "model.path": minilm,
         "data.train": real_data / "squad2/train-v2.0.subset.json",
@@ -59,8 +60,8 @@ def test_a_real_model_and_real_data(minilm: str, real_data: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_the_whole_with_faults(options: Any) -> None:
-    """A fault in one check does not hide those of others; exit code 1."""
+def test_all_faults_are_reported_at_once(options: Any) -> None:
+    """A failed check does not hide other failures; exit code 1."""
     changes = {"data.train": "missing.json", "epochs": 0}
     done = run(as_arguments(options | changes), MASTER_ADDR="no.such.host")
     assert done.returncode == 1
@@ -90,7 +91,7 @@ def test_device(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(InputError, match="PyTorch sees no GPU here"):
             doctor(device="cuda").device()
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
-        with pytest.raises(InputError, match=r"the job has 2 GPU\(s\), PyTorch .* sees none"):
+        with pytest.raises(InputError, match=r"the job has 2 GPU\(s\), but PyTorch .* sees none"):
             doctor(device="auto").device()
 
 
@@ -111,11 +112,11 @@ def test_model(doctor: Any, tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     write_manifest(tmp_path / "model", {"kind": "model", "name": "user/tiny", "revision": "x"})
     path = {"model.path": str(tmp_path / "model")}
-    assert "readable without network, as it was fetched" in doctor(**path).model()
+    assert "readable without network, unchanged since it was fetched" in doctor(**path).model()
     with open(tmp_path / "model/model.safetensors", "r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\x7f")
-    with pytest.raises(InputError, match="model.safetensors has another SHA-256 .*; fetch it again"):
+    with pytest.raises(InputError, match="model.safetensors has a different SHA-256 .*; fetch it again"):
         doctor(**path).model()
     with pytest.raises(InputError, match="no such folder"):
         doctor(**{"model.path": "./nowhere"}).model()
@@ -146,7 +147,7 @@ def test_data(doctor: Any, squad_file: Path, tmp_path: Path) -> None:
         changed.training_data()
 
 
-def test_a_small_disk(doctor: Any, small_disk: Path, minilm: str) -> None:
+def test_disk_too_small(doctor: Any, small_disk: Path, minilm: str) -> None:
     found = doctor(run_dir=str(small_disk / "deep/run"), **{"model.path": minilm})
     found.device(), found.model()
     with pytest.raises(
@@ -161,7 +162,7 @@ def test_a_small_disk(doctor: Any, small_disk: Path, minilm: str) -> None:
         found.run_folder()
 
 
-def test_a_file_system_without_exclusive_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_exclusive_creation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert try_file_system(tmp_path) > 0
     (tmp_path / "other").mkdir()
     real = Path.touch
@@ -171,16 +172,16 @@ def test_a_file_system_without_exclusive_files(tmp_path: Path, monkeypatch: pyte
 
 
 def test_two_ranks(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "a sum of 4 MB in" in doctor().two_ranks()
+    assert "all-reduce of 4 MB in" in doctor().two_ranks()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
-    with pytest.raises(InputError, match=r"Name the network interface: GLOO_SOCKET_IFNAME .*lo"):
+    with pytest.raises(InputError, match=r"Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME .*lo"):
         doctor().two_ranks()
 
 
-def test_ranks_that_do_not_meet_are_ended() -> None:
+def test_ranks_that_do_not_connect_are_terminated() -> None:
     ranks = TwoRanks("cpu")
     ranks.ranks[1].send_signal(signal.SIGSTOP)
-    with pytest.raises(InputError, match="did not find each other"):
+    with pytest.raises(InputError, match="could not connect"):
         ranks.seconds(1)
     assert all(rank.wait(5) for rank in ranks.ranks)
 
@@ -188,8 +189,8 @@ def test_ranks_that_do_not_meet_are_ended() -> None:
 def test_memory_and_time(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
     found = doctor(**{"data.dev": options["data.train"]})
     found.device(), found.model(), found.training_data()
-    assert "would fit, with the same curve" in found.memory()
-    assert "--hours says" in found.duration()
+    assert "would fit, and does not change the loss curve" in found.memory()
+    assert "with --hours" in found.duration()
     patient = dataclasses.replace(found.config, hours=3.0)
     found.config, config = patient, found.config
     assert "the job has 02:59:" in found.duration()
@@ -198,11 +199,11 @@ def test_memory_and_time(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: 
     monkeypatch.setenv("SLURM_JOB_START_TIME", str(now - 10))
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(now + 90))
     found.measured = dataclasses.replace(found.measured, seconds=10.0)
-    with pytest.raises(Doubt, match=r"the job ends in .* requeues to be expected: a longer --time"):
+    with pytest.raises(Doubt, match=r"the job ends in .* expect about \d+ requeues: a longer --time"):
         found.duration()
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1250")
     with pytest.raises(
-        InputError, match=r"the job has on a node, for all its ranks: 1.3 GB; --tokens_per_device \d+ fits"
+        InputError, match=r"the job's memory per node, for all ranks: 1.3 GB; --tokens_per_device \d+ fits"
     ):
         big = doctor(tokens_per_device=20000, batch_size=300, **{"data.dev": options["data.train"]})
         big.device(), big.model(), big.training_data()
@@ -210,10 +211,10 @@ def test_memory_and_time(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: 
 
 
 @pytest.mark.slow
-def test_the_memory_estimate_is_near_the_truth(
+def test_memory_estimate_is_close_to_the_measured_peak(
     minilm: str, real_data: Path, tmp_path: Path, options: Any
 ) -> None:
-    """Against the highest use of a real run of a few steps: between 0.7 and 1.6 times."""
+    """The estimate is 0.7 to 1.6 times the peak of a real run of a few steps."""
     tokens = 2048
     options |= {
         "model.path": minilm, "precision": "bf16", "batch_size": 16, "data.limit": 300,
@@ -235,8 +236,8 @@ def test_the_memory_estimate_is_near_the_truth(
     assert 0.7 < estimate / peak < 1.6
 
 
-def test_the_module_names_all_checks() -> None:
-    """Every public method is in the list that is run."""
+def test_all_checks_are_run() -> None:
+    """Every public method is in the list of checks to run."""
     methods = {n for n, v in vars(Doctor).items() if callable(v) and not n.startswith("_")} - {"run"}
     source = Path(str(doctor_module.__file__)).read_text()
     assert all(f"self.{name})" in source or f"self.{name}," in source for name in methods)

@@ -1,4 +1,4 @@
-"""CUDA's code paths without a GPU: where tensors lie, and every copy and read of a step (tests/helpers)."""
+"""CUDA code paths without a GPU: tensor placement, and every copy and read of a step (tests/helpers)."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def on_fake_device(tiny_model: Path, tiny_t5: Path, tmp_path: Path) -> Any:
     return run
 
 
-# In each of four micro-batches the inputs and labels are sent, and nothing waits for the device.
+# Copies to the device: inputs and labels of four micro-batches; nothing waits for the device.
 SENT = {"span": 4 * 4, "text": 4 * 5}
 
 
@@ -38,14 +38,14 @@ SENT = {"span": 4 * 4, "text": 4 * 5}
         pytest.param("text", "fp32", "adamw", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_in_parts(task: str, precision: str, optimizer: str, on_fake_device: Any) -> None:
+def test_each_phase_of_a_run(task: str, precision: str, optimizer: str, on_fake_device: Any) -> None:
     result = on_fake_device(task, precision, optimizer)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     expected = [f"to the device loop.py:add_gradients x{SENT[task]}"]
     assert found["two steps"] == expected and found["two steps after a resume"] == expected
     assert found["warm-up"] == [
-        "read loop.py:warm_up x1",
+        "read hooks.py:warm_up x1",
         f"to the device loop.py:add_gradients x{SENT[task] // 2}",
     ]
     assert found["devices"] == ["fakegpu:0"] and found["digest"]
@@ -60,7 +60,7 @@ def test_a_run_in_parts(task: str, precision: str, optimizer: str, on_fake_devic
     ("fault", "seen"),
     [("item", "read"), ("blocking", "to the device waits"), ("resume", "mixes fakegpu and cpu")],
 )
-def test_what_it_is_for(fault: str, seen: str, on_fake_device: Any) -> None:
+def test_injected_faults_are_detected(fault: str, seen: str, on_fake_device: Any) -> None:
     result = on_fake_device("span", "fp32", "adamw", fault)
     if fault == "resume":
         assert result.returncode and seen in result.stderr

@@ -1,4 +1,4 @@
-"""plainloop fetch against a local hub with the real hub code; CausalQA's archive; then training offline."""
+"""plainloop fetch with the real hub client and a local hub; CausalQA's archive; then training offline."""
 
 import importlib.util
 import json
@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from plainloop.data.types import InputError
+from plainloop.data.errors import InputError
 from plainloop.trainer.cli import main
-from plainloop.trainer.config import FetchConfig
-from plainloop.trainer.fetch import fetch
-from plainloop.trainer.manifest import fault_of, read_source
+from plainloop.trainer.commands.fetch import fault_of, fetch, read_source
+from plainloop.trainer.config.command_options import FetchConfig
 
 _spec = importlib.util.spec_from_file_location("local_hub", Path(__file__).with_name("hub.py"))
 assert _spec and _spec.loader
@@ -27,7 +26,7 @@ _spec.loader.exec_module(local_hub)
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_model: Path, squad_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """With user/tiny, an encoder beside files that nobody wants, and user/squad, two Parquet splits."""
+    """A hub with user/tiny, an encoder with extra unwanted files, and user/squad, two Parquet splits."""
     from huggingface_hub import constants
 
     shutil.copytree(tiny_model, tmp_path / "hub/model")
@@ -78,18 +77,18 @@ def test_model_and_data(hub: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     source = read_source(model)
     assert source and (source["name"], source["revision"]) == ("user/tiny", local_hub.COMMIT)
     assert fault_of(model) is None and fault_of(out / "data/squad") is None
-    assert {path.name for path in out.glob("*/.*")} == set()  # nothing temporary is left
+    assert {path.name for path in out.glob("*/.*")} == set()  # no temporary folder is left
 
     asked = len(hub.requests)
-    assert main(line) == 0 and "is there already" in capsys.readouterr().out
-    assert not any("/resolve/" in request for request in hub.requests[asked:])  # nothing twice
+    assert main(line) == 0 and "already fetched" in capsys.readouterr().out
+    assert not any("/resolve/" in request for request in hub.requests[asked:])  # nothing is downloaded twice
     (model / "vocab.txt").write_text("x")
     assert main(line) == 2 and "vocab.txt has 1 bytes, expected" in capsys.readouterr().err
     assert (model / "vocab.txt").read_text() == "x"
 
 
-def test_a_second_try_is_as_a_first(hub: Any, tmp_path: Path) -> None:
-    """After a configuration that there is not, and another revision's left-overs."""
+def test_retry_after_failed_and_killed_fetches(hub: Any, tmp_path: Path) -> None:
+    """After a nonexistent dataset config, and with leftovers of another revision."""
     config = FetchConfig(out_dir=str(tmp_path / "out"), dataset="user/squad", dataset_config="x")
     (tmp_path / "out/data/.tmp-squad-other").mkdir(parents=True)
     for _ in range(2):
@@ -98,7 +97,7 @@ def test_a_second_try_is_as_a_first(hub: Any, tmp_path: Path) -> None:
     for kind in (
         "data/.tmp-squad",
         "models/.tmp-tiny",
-    ):  # killed when all was written, but for the last rename
+    ):  # killed just before the final rename
         left = tmp_path / f"out/{kind}-{local_hub.COMMIT}"
         left.mkdir(parents=True, exist_ok=True)
         (left / "manifest.json").write_text("{}")
@@ -108,20 +107,20 @@ def test_a_second_try_is_as_a_first(hub: Any, tmp_path: Path) -> None:
     assert names == {"train", "validation", "manifest.json"}
 
 
-def test_an_interrupted_download_goes_on(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_download_resumes(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import _http
 
-    monkeypatch.setattr(_http.time, "sleep", lambda _: None)  # between the hub's own tries
+    monkeypatch.setattr(_http.time, "sleep", lambda _: None)  # between the hub client's retries
     config = FetchConfig(out_dir=str(tmp_path / "out"), model="user/tiny")
     hub.fail_after = 2
-    with pytest.raises(InputError, match="could not be asked for user/tiny"):
+    with pytest.raises(InputError, match="could not get user/tiny from"):
         fetch(config)
     assert not (tmp_path / "out/models/tiny").exists()
     hub.fail_after, asked = None, len(hub.requests)
     fetch(config)
     assert fault_of(tmp_path / "out/models/tiny") is None
     loaded = [request for request in hub.requests[asked:] if request.startswith("GET /user/tiny/resolve")]
-    assert len(loaded) < 5  # of five files
+    assert len(loaded) < 5  # not all five files again
 
 
 @pytest.mark.parametrize(
@@ -132,10 +131,10 @@ def test_an_interrupted_download_goes_on(hub: Any, tmp_path: Path, monkeypatch: 
         ({"model": "a/b/c"}, "hub: a/b/c: "),
         ({"dataset": "user/other"}, "there is no dataset user/other"),
         ({"dataset": "user/squad", "dataset_config": "x"}, r"datasets can't read this \(--dataset_config\)"),
-        ({}, "fetch wants --model NAME"),
+        ({}, "fetch needs --model NAME"),
     ],
 )
-def test_what_the_hub_does_not_have(changes: dict[str, str], message: str, hub: Any, tmp_path: Path) -> None:
+def test_fetch_errors(changes: dict[str, str], message: str, hub: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         fetch(FetchConfig(out_dir=str(tmp_path / "out"), **changes))
 
@@ -176,17 +175,17 @@ GOOD = {
 
 
 def test_causalqa_archive(archive: Callable[..., Path], tmp_path: Path) -> None:
-    from plainloop.data.causalqa import TextOptions, data_files, read_text
+    from plainloop.data.readers.causalqa import TextOptions, data_files, read_text
 
     config = FetchConfig(out_dir=str(tmp_path / "a/b/out"), causalqa=str(archive(**GOOD)))
     fetch(config)
     folder = tmp_path / "a/b/out/data/causalqa"
     names = ["squad2_train_original_split.csv", "squad2_valid_original_split.csv", "evil_train_x_split.csv"]
     assert {path.name for path in folder.iterdir()} == {*names, "manifest.json"}
-    assert {path.name for path in tmp_path.rglob("evil*")} == {names[2]}  # in the folder alone
+    assert {path.name for path in tmp_path.rglob("evil*")} == {names[2]}  # only inside the folder
     options = TextOptions(dataset="squad2")
     assert len(read_text(data_files(str(folder), "train", options), options)) == 1
-    fetch(config)  # is there already
+    fetch(config)  # already there
     archive(**GOOD, more="x")
     with pytest.raises(InputError, match=r"choose another --out_dir, or remove it"):
         fetch(config)
@@ -196,24 +195,24 @@ def test_bad_archives(archive: Callable[..., Path], tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     doubled = {"a/x_train_original_split.csv": ROWS, "b/x_train_original_split.csv": ROWS}
     cases = {
-        "is in it more than once": archive(**doubled).rename(tmp_path / "doubled.zip"),
-        "is it the corpus' archive": archive(**{"x.csv": ROWS}).rename(tmp_path / "other.zip"),
+        "more than once; repack it": archive(**doubled).rename(tmp_path / "doubled.zip"),
+        "is this the CausalQA archive": archive(**{"x.csv": ROWS}).rename(tmp_path / "other.zip"),
         "no such file": tmp_path / "missing.zip",
     }
     with zipfile.ZipFile(tmp_path / "deflated.zip", "w", zipfile.ZIP_DEFLATED) as opened:
         opened.writestr("x_train_original_split.csv", ROWS * 1000)
     deflated = bytearray((tmp_path / "deflated.zip").read_bytes())
-    for at in range(60, 120):  # of the compressed bytes
+    for at in range(60, 120):  # within the compressed data
         deflated[at] ^= 0x55
     (tmp_path / "deflated.zip").write_bytes(deflated)
     (tmp_path / "unpacked").mkdir()
-    cases |= {"not a zip that": tmp_path / "deflated.zip", "Is a directory; choose": tmp_path / "unpacked"}
+    cases |= {"not a readable": tmp_path / "deflated.zip", "Is a directory; choose": tmp_path / "unpacked"}
     whole = archive(**GOOD).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "flipped.zip").write_bytes(whole.replace(b"since.,since,", b"since.,sinXe,", 1))
     cases |= {
         "Is the download complete": tmp_path / "cut.zip",
-        "not a zip that can": tmp_path / "flipped.zip",
+        "not a readable zip": tmp_path / "flipped.zip",
     }
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="choose another file or --out_dir"):
@@ -238,13 +237,13 @@ sys.addaudithook(watch)
 
 
 @pytest.mark.slow
-def test_fetch_then_train_where_there_is_no_network(hub: Any, options: Any, tmp_path: Path) -> None:
-    """Two ranks under torchrun in a network namespace with loopback alone, each call of Python's sockets
-    watched, and no variable that says offline.
+def test_fetch_then_train_without_network(hub: Any, options: Any, tmp_path: Path) -> None:
+    """Two ranks under torchrun in a loopback-only network namespace, with an audit hook on Python's socket
+    calls and no environment variable for offline mode.
     """
     alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     if subprocess.run([*alone, "true"], capture_output=True).returncode:
-        pytest.skip("a network namespace wants root and iproute2")
+        pytest.skip("a network namespace needs root and iproute2")
     out = tmp_path / "out"
     fetch(FetchConfig(out_dir=str(out), model="user/tiny", dataset="user/squad"))
     hub.close()
@@ -268,7 +267,7 @@ def test_fetch_then_train_where_there_is_no_network(hub: Any, options: Any, tmp_
     status = json.loads((Path(options["run_dir"]) / "status.json").read_text())
     assert status["status"] == "completed" and status["step"] == 26
 
-    # The watch sees a call when there is one: a model by its name.
+    # The audit hook does detect a call: here, of a model given by its hub name.
     options |= {"model.path": "user/tiny", "run_dir": str(tmp_path / "other")}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     line = [*alone, sys.executable, "-m", "plainloop.trainer", "train", *arguments]

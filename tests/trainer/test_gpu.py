@@ -1,4 +1,4 @@
-"""For a machine with a GPU: tests/run.sh -m gpu. With two of them, two ranks over NCCL too."""
+"""Tests that need a GPU: tests/run.sh -m gpu. With two GPUs, also two ranks over NCCL."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ STILL = {"model.dropout": 0.0, "max_steps": 8}
 
 @pytest.fixture(params=["span", "text"])
 def given(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The options of a run on the GPU, of either task."""
+    """Options of a run on the GPU, for each task."""
     name = "options" if request.param == "span" else "text_options"
     options: dict[str, Any] = request.getfixturevalue(name) | {"device": "cuda"}
     return options
@@ -29,8 +29,8 @@ def given(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture
 def run(given: dict[str, Any]) -> Any:
     def train(**changes: Any) -> Any:
-        from plainloop.trainer.config import TrainConfig
-        from plainloop.trainer.options import parse
+        from plainloop.trainer.config.options import TrainConfig
+        from plainloop.trainer.config.parse import parse
 
         options = given | changes
         lines = [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -41,7 +41,7 @@ def run(given: dict[str, Any]) -> Any:
     return train
 
 
-def test_the_curve_is_that_of_the_cpu(given: Any, run: Any, metrics: Any, tmp_path: Path) -> None:
+def test_loss_curve_matches_the_cpu(given: Any, run: Any, metrics: Any, tmp_path: Path) -> None:
     still = STILL | ({} if given.get("task") == "text" else {"model.attention_dropout": 0.0})
     run(**still, tf32="false")
     run(**still, device="cpu", run_dir=tmp_path / "cpu")
@@ -50,7 +50,7 @@ def test_the_curve_is_that_of_the_cpu(given: Any, run: Any, metrics: Any, tmp_pa
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_deterministic_resume_gives_the_same_bits(
+def test_deterministic_resume_is_bitwise_identical(
     precision: str, given: Any, run: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
     if given.get("task") == "text" and precision == "fp16":
@@ -63,7 +63,7 @@ def test_deterministic_resume_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_a_step_never_waits_for_the_gpu(optimizer: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_never_waits_for_the_gpu(optimizer: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train_step, steps = loop.train_step, []
 
     def strict(*arguments: Any) -> None:
@@ -79,7 +79,7 @@ def test_a_step_never_waits_for_the_gpu(optimizer: str, run: Any, monkeypatch: p
     assert len(steps) == 4
 
 
-def test_memory_stays_below_what_the_warm_up_reached(given: Any, run: Any, metrics: Any) -> None:
+def test_memory_stays_within_the_peak_of_the_warm_up(given: Any, run: Any, metrics: Any) -> None:
     torch.cuda.reset_peak_memory_stats()
     run(precision="auto")
     (warm_up,) = metrics(given["run_dir"], "warm_up")
@@ -87,7 +87,7 @@ def test_memory_stays_below_what_the_warm_up_reached(given: Any, run: Any, metri
 
 
 @pytest.mark.slow
-def test_compiled(given: Any, run: Any, metrics: Any, tmp_path: Path) -> None:
+def test_compiled_loss_curve_matches_eager(given: Any, run: Any, metrics: Any, tmp_path: Path) -> None:
     still = STILL | ({} if given.get("task") == "text" else {"model.attention_dropout": 0.0})
     run(**still, tf32="false")
     more = {"model.compile": "true", "data.num_widths": 2, "run_dir": tmp_path / "compiled"}
@@ -97,7 +97,7 @@ def test_compiled(given: Any, run: Any, metrics: Any, tmp_path: Path) -> None:
 
 
 @two_gpus
-def test_two_ranks_give_the_curve_of_one(
+def test_loss_curve_of_two_ranks_matches_one(
     given: Any, run: Any, launch: Any, metrics: Any, tmp_path: Path
 ) -> None:
     still = STILL | ({} if given.get("task") == "text" else {"model.attention_dropout": 0.0})
@@ -108,7 +108,7 @@ def test_two_ranks_give_the_curve_of_one(
 
 
 @two_gpus
-def test_two_ranks_stopped_and_killed_go_on_to_the_same_bits(
+def test_two_ranks_resume_bitwise_identical_after_a_stop_and_a_kill(
     given: Any, launch: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
     same = given | {"deterministic": "true", "max_steps": 8, "checkpoint.every_steps": 2}
@@ -116,13 +116,13 @@ def test_two_ranks_stopped_and_killed_go_on_to_the_same_bits(
     halves = same | {"run_dir": tmp_path / "halves"}
     launch(2, "train", halves | {"stop_at_step": 3}, expect=None)
     newest = max((tmp_path / "halves/checkpoints").glob("step-*"))
-    (newest / "optimizer.safetensors").write_bytes(b"")  # as after a kill: the one before it is taken
+    (newest / "optimizer.safetensors").write_bytes(b"")  # as after a kill: the previous one is used
     launch(2, "train", halves)
     assert_same_bits(tensors(tmp_path / "halves", 8), tensors(given["run_dir"], 8))
 
 
-def test_the_demo_ends_at_a_signal(tmp_path: Path) -> None:
-    """Its ranks are on the GPU here."""
+def test_demo_stops_on_a_signal(tmp_path: Path) -> None:
+    """With its ranks on the GPU."""
     import subprocess
     import sys
     import time
@@ -134,4 +134,4 @@ def test_the_demo_ends_at_a_signal(tmp_path: Path) -> None:
         assert time.monotonic() < until and demo.poll() is None
         time.sleep(0.05)
     os.kill(demo.pid, signal.SIGTERM)
-    assert demo.wait(60) in (0, 75)  # 0: it was done first
+    assert demo.wait(60) in (0, 75)  # 0: it finished first

@@ -1,4 +1,4 @@
-"""The step and what surrounds it, on the tiny model in this process."""
+"""The training step and the loop around it, on the tiny model in this process."""
 
 import json
 import math
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from plainloop.data.types import InputError, MicroBatch, StepBatch
-from plainloop.trainer.config import OptimConfig
-from plainloop.trainer.distributed import World
+from plainloop.data.errors import InputError
+from plainloop.data.types import MicroBatch, StepBatch
+from plainloop.trainer.config.options import OptimConfig
+from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import RunError
-from plainloop.trainer.hooks import best_step, due
 from plainloop.trainer.loop import StepOptions, Verdict, dropout_seed, train_step
 from plainloop.trainer.optim import learning_rate, make_optimizer, parameter_groups
 from plainloop.trainer.precision import autocast, make_scaler
-from plainloop.trainer.state import TrainState
+from plainloop.trainer.state import TrainState, best_step, due
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def batch(*targets: float) -> StepBatch:
     parts = [MicroBatch({"x": torch.ones(1, 3)}, {"y": torch.tensor([[t]])}) for t in targets]
     return StepBatch(
         parts,
-        divisor=len(targets),
+        num_targets=len(targets),
         examples=len(targets),
         tokens=1,
         padded_tokens=1,
@@ -54,24 +54,24 @@ def batch(*targets: float) -> StepBatch:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_counted_and_not_applied(precision: str, bad: float) -> None:
+def test_nonfinite_step_is_counted_and_not_applied(precision: str, bad: float) -> None:
     state, options = make(precision)
-    for _ in range(5):  # fp16 skips its first steps while it looks for a loss scale
+    for _ in range(5):  # fp16 skips its first steps to find a loss scale
         train_step(state, batch(1.0, 2.0), options)
     skipped = int(state.nonfinite_total)
-    assert skipped < 5 and int(state.nonfinite_run) == 0
+    assert skipped < 5 and int(state.nonfinite_streak) == 0
     before = {k: v.clone() for k, v in state.model.state_dict().items() | state.optimizer_tensors().items()}
     train_step(state, batch(1.0, bad), options)
     after = state.model.state_dict() | state.optimizer_tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (int(state.nonfinite_run), int(state.nonfinite_total)) == (1, skipped + 1)
+    assert (int(state.nonfinite_streak), int(state.nonfinite_total)) == (1, skipped + 1)
     assert not math.isfinite(state.loss_sum.item())
     train_step(state, batch(1.0, 2.0), options)
-    assert (int(state.nonfinite_run), int(state.nonfinite_total)) == (0, skipped + 1)
+    assert (int(state.nonfinite_streak), int(state.nonfinite_total)) == (0, skipped + 1)
     assert not torch.equal(before["weight"], state.model.state_dict()["weight"])
 
 
-def test_an_infinite_loss_with_finite_gradients_is_not_applied_either() -> None:
+def test_infinite_loss_with_finite_gradients_is_not_applied() -> None:
     state, options = make()
     before = state.model.weight.detach().clone()  # type: ignore[operator, union-attr]
     constant = StepOptions(
@@ -81,7 +81,7 @@ def test_an_infinite_loss_with_finite_gradients_is_not_applied_either() -> None:
     assert torch.equal(before, state.model.state_dict()["weight"]) and int(state.nonfinite_total) == 1
 
 
-def test_a_poisoned_run_stops_with_advice_and_shows_the_loss_as_it_is(
+def test_run_with_nan_weights_stops_with_advice_and_logs_the_nan_loss(
     options: dict[str, Any], train: Any, metrics: Any, tiny_model: Path, tmp_path: Path, capsys: Any
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -113,7 +113,7 @@ def test_clipping_by_hand() -> None:
     assert state.loss_sum.item() / state.loss_count == 5.0
 
 
-def test_dropout_seeds_differ_and_depend_on_nothing_else() -> None:
+def test_dropout_seeds_are_distinct_and_reproducible() -> None:
     seeds = {dropout_seed(s, t, r, i) for s in range(3) for t in range(9) for r in range(3) for i in range(3)}
     assert len(seeds) == 243 and dropout_seed(1, 2, 3, 4) == dropout_seed(1, 2, 3, 4)
 
@@ -147,16 +147,16 @@ def test_due() -> None:
     assert [step for step in range(11) if due(step, 5, 10, first=True, last=False)] == [0, 5]
 
 
-def test_best_step_is_the_first_of_equals() -> None:
+def test_best_step_is_the_first_of_ties() -> None:
     values = ((0, math.nan, math.nan), (1, 5, 3), (2, 7, 2), (3, 7, 2))
     records = [{"step": s, "f1": f, "loss": v} for s, f, v in values]
     assert [best_step(records, name) for name in ("f1", "loss", "other")] == [2, 2, None]
 
 
-def test_evaluation_best_link_early_stopping_and_a_hook_of_ones_own(
+def test_evaluation_updates_best_link_and_stops_early(
     options: dict[str, Any], train: Any, metrics: Any
 ) -> None:
-    """With a learning rate of next to nothing f1 never improves on its first value."""
+    """With a learning rate close to zero, f1 never improves on its first value."""
     dev = {"data.dev": options["data.train"], "evaluation.every_steps": 5, "evaluation.early_stopping": 2}
     assert (
         train(**dev, **{"optim.lr": 1e-12, "checkpoint.every_steps": 10, "checkpoint.keep_last": 1})
@@ -172,7 +172,7 @@ def test_evaluation_best_link_early_stopping_and_a_hook_of_ones_own(
     }
 
 
-def test_an_evaluation_that_was_due_at_a_stop_is_made_up_for(
+def test_evaluation_due_at_a_stop_is_run_after_resuming(
     options: dict[str, Any], train: Any, metrics: Any
 ) -> None:
     dev = {"data.dev": options["data.train"], "evaluation.every_steps": 5, "max_steps": 10}
@@ -182,7 +182,7 @@ def test_an_evaluation_that_was_due_at_a_stop_is_made_up_for(
     assert [r["step"] for r in metrics(options["run_dir"], "evaluation")] == [5, 10]
 
 
-def test_a_change_of_the_mathematics_is_refused_on_resume(
+def test_change_of_the_math_is_rejected_on_resume(
     options: dict[str, Any], train: Any, tmp_path: Path
 ) -> None:
     train(stop_at_step=3)
@@ -200,7 +200,7 @@ def test_a_change_of_the_mathematics_is_refused_on_resume(
     )
 
 
-def test_a_finished_run_is_left_alone(
+def test_restarting_a_finished_run_keeps_its_weights(
     options: dict[str, Any], train: Any, tensors: Any, assert_same_bits: Any
 ) -> None:
     train(max_steps=3)
@@ -212,7 +212,7 @@ def test_a_finished_run_is_left_alone(
 @pytest.mark.parametrize(
     "changes", [{"model.activation_checkpointing": "true"}, {"precision": "bf16"}, {"precision": "fp16"}]
 )
-def test_options_of_the_model_train(
+def test_loss_falls_with_activation_checkpointing_or_16_bit_precision(
     options: dict[str, Any], train: Any, metrics: Any, changes: dict[str, Any]
 ) -> None:
     train(**changes)
@@ -230,7 +230,7 @@ def test_activation_checkpointing_changes_nothing(
 
 
 @pytest.mark.slow
-def test_compile_changes_next_to_nothing(
+def test_compiled_loss_curve_matches_eager(
     options: dict[str, Any], train: Any, metrics: Any, tmp_path: Path
 ) -> None:
     still = {"model.dropout": 0.0, "model.attention_dropout": 0.0, "max_steps": 4}
@@ -248,8 +248,8 @@ def test_autocast_contexts() -> None:
 
 
 @pytest.mark.parametrize("task", ["span", "text"])
-def test_the_hot_path_never_asks_the_device_for_a_number(task: str, tiny_model: Path, tiny_t5: Path) -> None:
-    """Every read of a tensor's value (item, bool, a data-dependent shape) shows as one of these operators."""
+def test_train_step_never_reads_a_value_from_the_device(task: str, tiny_model: Path, tiny_t5: Path) -> None:
+    """Every read of a tensor's value (item, bool, a data-dependent shape) calls one of these operators."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -276,9 +276,9 @@ def test_the_hot_path_never_asks_the_device_for_a_number(task: str, tiny_model: 
     state = TrainState(model, model, make_optimizer(model, OptimConfig()), make_scaler("bf16", CPU), CPU)
     options = StepOptions(loss_sum, lambda _: 1e-3, World(0, 1, 0, CPU), 1, "bf16", 1.0)
     parts = [MicroBatch(inputs, labels)] * 2
-    step = StepBatch(parts, divisor=4, examples=4, tokens=50, padded_tokens=64, rows=np.arange(4))
+    step = StepBatch(parts, num_targets=4, examples=4, tokens=50, padded_tokens=64, rows=np.arange(4))
     with Watch() as watch:
         train_step(state, step, options)
         assert watch.reads == []
         state.grad_norm.item()
-        assert watch.reads  # the watch sees one when there is one
+        assert watch.reads  # the watch does detect a read

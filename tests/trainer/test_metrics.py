@@ -1,16 +1,16 @@
-"""The official figures: the published known answer, and small cases by hand."""
+"""The official metrics: published scores of known predictions, and small cases by hand."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from plainloop.data.squad import read_squad
+from plainloop.data.readers.squad import read_squad
 from plainloop.data.types import Answer, Example
-from plainloop.trainer.metrics import exact_match, normalize_answer, squad_scores, token_f1
+from plainloop.trainer.tasks.metrics import exact_match, normalize_answer, squad_scores, token_f1
 
 
-def test_known_answer_to_the_last_digit(real_data: Path) -> None:
+def test_published_scores_are_reproduced_to_the_last_digit(real_data: Path) -> None:
     examples = read_squad(real_data / "squad2/dev-v2.0.full-rebuilt.json")
     predictions = json.loads((real_data / "known/bert_dev_predictions.json").read_text())
     scores = squad_scores(examples, predictions)
@@ -23,11 +23,11 @@ def test_known_answer_to_the_last_digit(real_data: Path) -> None:
     assert (scores["total"], scores["HasAns_total"], scores["NoAns_total"]) == (11873, 5928, 5945)
 
 
-def test_normalisation() -> None:
+def test_normalize_answer() -> None:
     assert normalize_answer("The  Cat, a DOG's") == "cat dogs"
     assert (
         normalize_answer("«An» apple—the") == "« » apple—"
-    )  # ASCII punctuation alone, articles at word borders
+    )  # only ASCII punctuation; articles at word boundaries
     assert normalize_answer("A.") == ""
 
 
@@ -41,7 +41,7 @@ def case(name: str, *texts: str) -> Example:
     return Example(name, "q", "c", tuple(Answer(text, 0) for text in texts))
 
 
-def test_groups_missing_predictions_and_golds_that_normalise_to_nothing() -> None:
+def test_groups_missing_predictions_and_answers_that_normalize_to_nothing() -> None:
     scores = squad_scores([case("1", "x"), case("2", "the"), case("3")], {"1": "x"})
     assert (scores["exact"], scores["HasAns_exact"], scores["HasAns_total"], scores["NoAns_f1"]) == (
         100,
@@ -53,13 +53,11 @@ def test_groups_missing_predictions_and_golds_that_normalise_to_nothing() -> Non
 
 
 def test_best_threshold_by_hand() -> None:
-    """Questions in the order of their score_diff: right +1, wrong 0, and -1 for speaking about an
-    unanswerable one.
-    """
+    """Questions sorted by score_diff: right +1, wrong 0, and -1 for answering an unanswerable one."""
     examples = [case("a", "x"), case("b"), case("c", "y"), case("d", "z")]
     odds = {"a": -3.0, "b": -1.0, "c": 2.0, "d": 5.0}
     texts = {"a": "x", "b": "spoken", "c": "y", "d": "wrong"}
-    # start 1 (b right by silence); a: 2; b: 1; c: 2; d: 2 -> the first maximum is 2 of 4 at a
+    # start 1 (b, correctly unanswered); a: 2; b: 1; c: 2; d: 2 -> the first maximum is 2 of 4, at a
     scores = squad_scores(examples, dict.fromkeys("abcd", ""), score_diff=odds, best_texts=texts)
     assert (scores["best_exact"], scores["best_exact_thresh"]) == (50.0, -3.0)
     assert scores["exact"] == 25.0

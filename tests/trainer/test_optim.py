@@ -1,8 +1,8 @@
-"""Adafactor: torch's numbers, and steps that are skipped on the device."""
+"""Adafactor: same numbers as torch's, and steps can be skipped on the device."""
 
 import torch
 
-from plainloop.trainer.config import OptimConfig
+from plainloop.trainer.config.options import OptimConfig
 from plainloop.trainer.optim import Adafactor, make_optimizer
 
 
@@ -13,7 +13,7 @@ def parameters() -> list[torch.nn.Parameter]:
     ]
 
 
-def test_adafactor_is_torchs_and_skips_without_a_trace() -> None:
+def test_adafactor_matches_torch_and_skipped_steps_change_nothing() -> None:
     theirs, ours = parameters(), parameters()
     reference = torch.optim.Adafactor([{"params": theirs, "weight_decay": 0.01}], lr=1e-2)
     optimizer = Adafactor([{"params": ours, "weight_decay": 0.01}], lr=1e-2)
@@ -41,7 +41,7 @@ def test_adafactor_is_torchs_and_skips_without_a_trace() -> None:
             assert torch.allclose(value, optimizer.state[right][name], rtol=1e-5), name
 
 
-def test_the_optimizers_can_skip_on_the_device() -> None:
+def test_optimizers_can_skip_steps_on_the_device() -> None:
     for name in ("adamw", "adafactor"):
         optimizer = make_optimizer(torch.nn.Linear(2, 2), OptimConfig(name=name))  # type: ignore[arg-type]
         assert optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]

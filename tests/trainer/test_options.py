@@ -1,20 +1,21 @@
-"""Config: YAML and overrides, and every mistake as one line that names file and option."""
+"""Config: YAML and overrides; every error is one line that names the file and the option."""
 
 from pathlib import Path
 
 import pytest
 
-from plainloop.data.types import InputError
-from plainloop.trainer.checks import check_train_config, config_differences
-from plainloop.trainer.config import TrainConfig
-from plainloop.trainer.options import parse, to_yaml
+from plainloop.data.errors import InputError
+from plainloop.trainer.config.options import TrainConfig
+from plainloop.trainer.config.parse import parse, to_yaml
+from plainloop.trainer.config.validate import config_differences, validate
+from plainloop.trainer.tasks.find import find_task
 
 
 def parsed(*arguments: str) -> TrainConfig:
     return parse(TrainConfig, list(arguments), program="test")
 
 
-def test_file_then_overrides_and_back(tmp_path: Path) -> None:
+def test_file_overrides_and_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("batch_size: 4\noptim: {lr: 1e-4, betas: [0.8, 0.99]}\n")
     config = parsed("--config", str(file), "--optim.lr", "3e-5", "--model.dropout=0.2")
@@ -29,7 +30,7 @@ def test_file_then_overrides_and_back(tmp_path: Path) -> None:
     [
         ("batch_sise: 4", "unknown option 'batch_sise'; did you mean batch_size?"),
         ("optim: {lrr: 4}", "unknown option 'optim.lrr'; did you mean optim.lr?"),
-        ("batch_size: 4\nbatch_size: 5", "line 1: 'batch_size' is there twice"),
+        ("batch_size: 4\nbatch_size: 5", "line 1: duplicate key 'batch_size'"),
         ("a: [", "not a YAML file"),
         ("- 1", "not a config"),
         ("batch_size: many", "batch_size"),
@@ -59,14 +60,14 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_all_bad_values_are_told_at_once() -> None:
+def test_all_invalid_values_are_reported_at_once() -> None:
     with pytest.raises(InputError) as caught:
-        check_train_config(parsed("--batch_size", "0", "--optim.lr", "-1", "--checkpoint.every_steps", "-5"))
+        validate(parsed("--batch_size", "0", "--optim.lr", "-1", "--checkpoint.every_steps", "-5"), uses=())
     for name in ("data.train", "batch_size is 0", "optim.lr is -1", "checkpoint.every_steps is -5"):
         assert name in str(caught.value)
 
 
-def test_only_the_mathematics_counts_as_a_difference() -> None:
+def test_only_options_that_affect_the_math_count_as_differences() -> None:
     from dataclasses import asdict
 
     before = asdict(parsed("--tokens_per_device", "100", "--seed", "1"))
@@ -81,4 +82,5 @@ def test_the_recipes_are_valid() -> None:
     recipes = sorted((Path(__file__).parents[2] / "launch/recipes").glob("*.yaml"))
     assert len(recipes) >= 2
     for recipe in recipes:
-        check_train_config(parsed("--config", str(recipe), "--data.train", "x.json"))
+        config = parsed("--config", str(recipe), "--data.train", "x.json")
+        validate(config, uses=find_task(config.task).uses)

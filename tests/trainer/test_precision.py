@@ -1,4 +1,4 @@
-"""Which precision `auto` is, where, and what is said and recorded of it."""
+"""What precision `auto` resolves to on each device, and what is logged and recorded."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from plainloop.data.types import InputError
+from plainloop.data.errors import InputError
 from plainloop.trainer import precision
-from plainloop.trainer.precision import choose_precision, cpu_features, resolve_precision, slow_precision
+from plainloop.trainer.distributed.device import cpu_features
+from plainloop.trainer.precision import choose_precision, resolve_precision, warnings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
 def cpu_with(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """cpu_with("avx512_bf16", ...): a CPU that has these, and nothing holds oneDNN back."""
+    """cpu_with("avx512_bf16", ...): fake a CPU with these features and no limit on oneDNN."""
 
     def make(*features: str) -> None:
         for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
@@ -29,7 +30,7 @@ def cpu_with(monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def test_features_of_a_cpu_and_what_onednn_may_use(cpu_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_features_respect_the_onednn_limit(cpu_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_with()
     assert cpu_features() == []
     cpu_with("amx_bf16", "avx512_bf16")
@@ -66,7 +67,7 @@ def test_auto_on_a_gpu(
                 resolve_precision(wanted, GPU, overflows_in_fp16=overflows, recorded=recorded)
 
 
-def test_a_checkpoint_keeps_its_own_unless_asked_otherwise(cpu_with: Any) -> None:
+def test_checkpoint_keeps_its_precision_unless_overridden(cpu_with: Any) -> None:
     cpu_with("avx512_bf16")
 
     def resolved(wanted: str, recorded: str | None) -> tuple[str, str]:
@@ -74,26 +75,27 @@ def test_a_checkpoint_keeps_its_own_unless_asked_otherwise(cpu_with: Any) -> Non
 
     assert resolved("auto", None)[0] == "bf16"
     assert resolved("auto", "fp32") == ("fp32", "as in the checkpoint")
-    assert resolved("fp32", "bf16") == ("fp32", "as asked for")
+    assert resolved("fp32", "bf16") == ("fp32", "as requested")
 
 
-def test_ranks_that_differ_agree_on_what_all_can(monkeypatch: pytest.MonkeyPatch, cpu_with: Any) -> None:
+def test_differing_ranks_agree_on_a_common_precision(monkeypatch: pytest.MonkeyPatch, cpu_with: Any) -> None:
     cpu_with("avx512_bf16")
     monkeypatch.setattr(precision, "all_ranks", lambda mine: torch.stack([mine, torch.tensor([2])]))
     chosen = resolve_precision("auto", CPU, overflows_in_fp16=False)
-    assert chosen == ("fp32", "the ranks differ in what they can compute")
+    assert chosen == ("fp32", "the fastest that all ranks support")
 
 
-def test_a_format_that_the_cpu_emulates_is_warned_of(cpu_with: Any) -> None:
+def test_emulated_precision_on_a_cpu_gives_a_warning(cpu_with: Any) -> None:
     cpu_with()
-    assert slow_precision("fp32", CPU) is None and slow_precision("bf16", GPU) is None
-    warning = slow_precision("bf16", CPU)
-    assert warning and "times as long as in fp32" in warning
+    fine = {"overflows_in_fp16": False}
+    assert not warnings("fp32", CPU, **fine) and not warnings("bf16", GPU, **fine)
+    assert "times as long as in fp32" in warnings("bf16", CPU, **fine)[0]
     cpu_with("amx_bf16")
-    assert slow_precision("bf16", CPU) is None
+    assert not warnings("bf16", CPU, **fine)
+    assert "this model overflows in it" in warnings("fp16", GPU, overflows_in_fp16=True)[0]
 
 
-def test_it_is_resolved_once_recorded_and_kept_on_another_machine(
+def test_auto_is_resolved_once_recorded_and_kept_on_another_machine(
     options: dict[str, Any], train: Any, cpu_with: Any, capsys: Any
 ) -> None:
     cpu_with("avx512_bf16")
@@ -110,11 +112,11 @@ def test_it_is_resolved_once_recorded_and_kept_on_another_machine(
     with pytest.raises(InputError, match="precision: bf16 -> fp32"):
         train(precision="fp32", stop_at_step=4)
     train(precision="fp32", stop_at_step=4, **{"checkpoint.allow_changes": "[precision]"})
-    assert "precision fp32: as asked for" in capsys.readouterr().err
+    assert "precision fp32: as requested" in capsys.readouterr().err
 
 
-def test_two_ranks_and_evaluate_say_the_same(options: dict[str, Any], launch: Any) -> None:
-    """ONEDNN_MAX_CPU_ISA takes bf16 from a CPU that has it."""
+def test_two_ranks_and_evaluate_resolve_to_the_same_precision(options: dict[str, Any], launch: Any) -> None:
+    """ONEDNN_MAX_CPU_ISA disables bf16 on a CPU that supports it."""
     result = launch(2, "train", options | {"precision": "auto", "max_steps": 2}, ONEDNN_MAX_CPU_ISA="AVX2")
     assert "precision fp32: this CPU has neither AMX nor AVX512-BF16" in result.stderr
     evaluate = {"model": options["run_dir"], "data": options["data.train"]}

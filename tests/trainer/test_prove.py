@@ -1,4 +1,4 @@
-"""`plainloop doctor --prove` on real runs, as they should be and with chance put into them."""
+"""`plainloop doctor --prove` on real runs, deterministic and with injected randomness."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# Read by every Python that starts with its folder in PYTHONPATH: dropout is seeded by chance.
+# sitecustomize.py, imported by every Python with its folder in PYTHONPATH: makes dropout seeds random.
 PLANTED = "import torch\ntorch.manual_seed = lambda seed: torch.seed()\n"
 
 
@@ -25,10 +25,10 @@ def doctor(options: dict[str, Any], tmp_path: Path) -> Any:
     return run
 
 
-def test_the_promises_are_kept(doctor: Any, options: dict[str, Any]) -> None:
+def test_all_guarantees_hold(doctor: Any, options: dict[str, Any]) -> None:
     result = doctor(options | {"data.dev": options["data.train"]})
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("stopped after step 1 and continued: after step 3 the same bits") == 2
+    assert result.stdout.count("stopped at step 1 and resumed: bitwise identical after step 3") == 2
     assert "ok    gradients on 1 and 2 ranks: relative difference" in result.stdout
     assert "fp32, 200 tokens: " in result.stdout and "Fastest: --precision" in result.stdout
 
@@ -38,18 +38,18 @@ def test_the_text_task(doctor: Any, text_options: dict[str, Any]) -> None:
     dev = {"data.dev": text_options["data.train"], "evaluation.best_metric": "f1"}
     result = doctor(text_options | dev)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("the same bits") == 2 and "relative difference" in result.stdout
+    assert result.stdout.count("bitwise identical") == 2 and "relative difference" in result.stdout
 
 
-def test_chance_is_found(doctor: Any, tmp_path: Path) -> None:
+def test_nondeterminism_is_detected(doctor: Any, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(PLANTED)
     result = doctor(PYTHONPATH=str(tmp_path))
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "FAIL  resume on 1 rank(s): not the same bits" in result.stdout
-    assert "two runs without a stop differ too" in result.stdout and "left to chance" in result.stdout
+    assert "FAIL  resume on 1 rank(s): not bitwise identical" in result.stdout
+    assert "two uninterrupted runs differ too" in result.stdout and "is not seeded" in result.stdout
 
 
-def test_a_users_error_is_told_once(doctor: Any, options: dict[str, Any]) -> None:
+def test_user_error_is_reported_once(doctor: Any, options: dict[str, Any]) -> None:
     result = doctor(options | {"optim.lr": -1})
     assert result.returncode == 1 and "FAIL  options: optim.lr is -1.0" in result.stdout
     assert "Traceback" not in result.stderr and "resume" not in result.stdout

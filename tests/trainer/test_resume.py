@@ -1,4 +1,4 @@
-"""What a resume refuses, allows, and promises; and what a finished run does when it is started again."""
+"""What a resume rejects, allows and guarantees; and restarting a finished run."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from plainloop.data.types import InputError
+from plainloop.data.errors import InputError
 from plainloop.trainer.loop import Verdict
 
 
-def test_a_changed_option_is_refused_or_allowed_by_name(options: Any, train: Any, capsys: Any) -> None:
+def test_changed_option_is_rejected_unless_allowed_by_name(options: Any, train: Any, capsys: Any) -> None:
     train(stop_at_step=2)
     with pytest.raises(
         InputError, match=r"optim.lr: 0.001 -> 0.002; seed: 42 -> 43|seed: 42 -> 43; optim.lr"
@@ -18,12 +18,12 @@ def test_a_changed_option_is_refused_or_allowed_by_name(options: Any, train: Any
         train(seed=43, **{"optim.lr": 2e-3})
     allowed = {"optim.lr": 2e-3, "checkpoint.allow_changes": "[optim.lr]"}
     assert train(stop_at_step=4, **allowed) == Verdict.STOPPED
-    assert "guaranteed: weights and optimizer state only, as allowed: optim.lr" in capsys.readouterr().err
-    assert train(stop_at_step=6, **{"optim.lr": 2e-3}) == Verdict.STOPPED  # it is this run's now
+    assert "weights and optimizer state only; allowed changes: optim.lr" in capsys.readouterr().err
+    assert train(stop_at_step=6, **{"optim.lr": 2e-3}) == Verdict.STOPPED  # now part of this run's config
     assert "guaranteed: the same bits" in capsys.readouterr().err
 
 
-def test_one_changed_line_of_the_data_is_refused(options: Any, train: Any, tmp_path: Path) -> None:
+def test_one_changed_question_in_the_data_is_rejected(options: Any, train: Any, tmp_path: Path) -> None:
     train(stop_at_step=2)
     content = json.loads(Path(options["data.train"]).read_text())
     content["data"][0]["paragraphs"][0]["qas"][0]["question"] += "?"
@@ -32,27 +32,27 @@ def test_one_changed_line_of_the_data_is_refused(options: Any, train: Any, tmp_p
         train(**{"data.train": tmp_path / "changed.json"})
 
 
-def test_another_layout_changes_rounding_alone(train: Any, capsys: Any) -> None:
+def test_another_batch_layout_only_affects_rounding(train: Any, capsys: Any) -> None:
     train(stop_at_step=2)
     train(stop_at_step=3, tokens_per_device=300)
     said = capsys.readouterr().err
-    assert "the same data and schedule, other rounding: tokens_per_device 200 -> 300" in said
+    assert "the same data and schedule, different rounding: tokens_per_device 200 -> 300" in said
 
 
-def test_a_sampler_that_deals_out_other_rows_is_found_out(
+def test_sampler_that_yields_other_rows_is_detected(
     options: Any, train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a numpy with another permutation would."""
+    """As with a numpy version that permutes differently."""
     from plainloop.data.samplers import Sampler
 
     train(stop_at_step=3)
     original = Sampler.epoch_batches
     monkeypatch.setattr(Sampler, "epoch_batches", lambda self, epoch: original(self, epoch)[::-1])
-    with pytest.raises(InputError, match="its 3 steps were trained on other rows"):
+    with pytest.raises(InputError, match="its 3 steps were trained on different rows"):
         train()
 
 
-def test_a_finished_run_is_left_as_it_is(options: Any, train: Any, capsys: Any, tensors: Any) -> None:
+def test_restarted_finished_run_writes_nothing(options: Any, train: Any, capsys: Any, tensors: Any) -> None:
     assert train(max_steps=3) == Verdict.COMPLETED
     checkpoint = Path(options["run_dir"]) / "checkpoints/step-00000003"
     before = {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
@@ -63,7 +63,7 @@ def test_a_finished_run_is_left_as_it_is(options: Any, train: Any, capsys: Any, 
 
 
 @pytest.mark.parametrize("how", ["true", "false"])
-def test_saves_in_the_background_and_without_are_the_same(
+def test_async_and_synchronous_saves_are_bitwise_identical(
     how: str, options: Any, train: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
     train(max_steps=4, run_dir=tmp_path / "other", **{"checkpoint.every_steps": 1})
@@ -72,11 +72,11 @@ def test_saves_in_the_background_and_without_are_the_same(
         assert_same_bits(tensors(options["run_dir"], step), tensors(tmp_path / "other", step))
 
 
-def test_a_reader_beside_a_run_always_finds_a_good_checkpoint(options: Any, train: Any) -> None:
-    """`evaluate --model RUN` while the run saves, finds better ones, and deletes the others."""
+def test_concurrent_reader_always_finds_a_valid_checkpoint(options: Any, train: Any) -> None:
+    """`evaluate --model RUN` while the run saves checkpoints, updates `best` and deletes old ones."""
     import threading
 
-    from plainloop.trainer.score import checkpoint_path
+    from plainloop.trainer.commands.evaluate import checkpoint_path
 
     run_dir, found, ended = Path(options["run_dir"]), [], threading.Event()
 
@@ -98,9 +98,9 @@ def test_a_reader_beside_a_run_always_finds_a_good_checkpoint(options: Any, trai
     assert not [path for path in found if not path.startswith(str(run_dir / "checkpoints/step-"))]
 
 
-def test_every_file_of_a_real_checkpoint_is_guarded(options: Any, train: Any) -> None:
-    """One flipped bit, a cut tail or a missing file: found, and named."""
-    from plainloop.trainer.checkpoint import verify
+def test_damage_to_any_file_of_a_real_checkpoint_is_detected(options: Any, train: Any) -> None:
+    """A flipped bit, a truncated file and a missing file are detected and named."""
+    from plainloop.trainer.checkpoint.folder import verify
 
     train(stop_at_step=1)
     folder = Path(options["run_dir"]) / "checkpoints/step-00000001"
@@ -120,7 +120,7 @@ def test_every_file_of_a_real_checkpoint_is_guarded(options: Any, train: Any) ->
 
 
 @pytest.mark.parametrize("key", ["optimizer.safetensors", "scaler", "order"])
-def test_partial_state_is_refused_even_with_a_fitting_manifest(key: str, options: Any, train: Any) -> None:
+def test_partial_state_is_rejected_even_with_a_matching_manifest(key: str, options: Any, train: Any) -> None:
     import hashlib
 
     train(stop_at_step=1)

@@ -1,4 +1,4 @@
-"""Who holds a run folder, and what a planted link or a strange checkpoint can do: nothing."""
+"""Ownership of a run folder; planted symlinks and foreign checkpoints do no harm."""
 
 import json
 import os
@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
-from plainloop.data.types import InputError
-from plainloop.trainer import run_folder
-from plainloop.trainer.checkpoint import newest_good, verify, write_atomically
-from plainloop.trainer.distributed import process_group, world_from_env
+from plainloop.data.errors import InputError
+from plainloop.trainer.checkpoint.folder import newest_good, verify
+from plainloop.trainer.distributed.watchdog import blame
+from plainloop.trainer.distributed.world import process_group, world_from_env
 from plainloop.trainer.errors import RunError
-from plainloop.trainer.run_folder import Lock, hold, read_status
-from plainloop.trainer.watch import blame, odd_ones
+from plainloop.trainer.hooks import odd_ones
+from plainloop.trainer.run_folder import lock as locks
+from plainloop.trainer.run_folder.files import write_atomically
+from plainloop.trainer.run_folder.lock import Lock
+from plainloop.trainer.run_folder.status import hold, read_status
 
 
 def holder(**changes: Any) -> str:
@@ -27,32 +30,33 @@ def holder(**changes: Any) -> str:
     )
 
 
-def test_a_lock_is_released_and_status_tells_the_end(tmp_path: Path) -> None:
+def test_lock_is_released_and_status_records_the_outcome(tmp_path: Path) -> None:
     with hold(tmp_path / "run", 0, print) as folder:
         assert read_status(folder.path)["status"] == "running"
         assert (folder.path / "lock").exists()
-        folder.verdict = {"status": "completed", "step": 7}
+        folder.ended("completed", step=7)
     assert read_status(tmp_path / "run")["step"] == 7
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["status.json"]
 
 
-def test_a_failure_is_told_with_its_code_and_the_first_reason_counts(tmp_path: Path) -> None:
+def test_first_failure_is_recorded_with_its_reason_and_rank(tmp_path: Path) -> None:
     with pytest.raises(RunError), hold(tmp_path, 0, print) as folder:
-        folder.failed("rank 1: its own reason", 70, 1)
+        folder.rank = 1
+        folder.failed("rank 1: its own reason", 70)
         raise RunError("lost another rank")
     assert read_status(tmp_path)["reason"] == "rank 1: its own reason" and read_status(tmp_path)["rank"] == 1
 
 
-def test_a_holder_on_another_machine_lives_while_its_time_stamp_moves(
+def test_lock_holder_on_another_machine_is_alive_while_its_timestamp_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "PATIENCE_S", 1.5)
+    monkeypatch.setattr(locks, "PATIENCE_S", 1.5)
     path, ended = tmp_path / "lock", threading.Event()
     path.write_text(holder())
 
     def beat() -> None:
         while not ended.wait(0.3):
-            os.utime(path, (1, time.time()))  # a clock that is wrong does not matter, only that it moves
+            os.utime(path, (1, time.time()))  # a wrong clock does not matter, only that it changes
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -72,9 +76,9 @@ def test_a_holder_on_another_machine_lives_while_its_time_stamp_moves(
     assert json.loads(path.read_text())["token"] == "other"
 
 
-def test_a_dead_holder_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_stale_lock_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
     code = (
-        "from plainloop.trainer.run_folder import Lock; from pathlib import Path; import os, sys;"
+        "from plainloop.trainer.run_folder.lock import Lock; from pathlib import Path; import os, sys;"
         "Lock(Path(sys.argv[1])).acquire(print); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")])
@@ -86,7 +90,7 @@ def test_a_dead_holder_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "status.json", "lock"])
-def test_links_in_a_run_folder_are_refused(tmp_path: Path, name: str) -> None:
+def test_symlinks_in_a_run_folder_are_rejected(tmp_path: Path, name: str) -> None:
     (tmp_path / "victim").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "victim")
@@ -95,15 +99,15 @@ def test_links_in_a_run_folder_are_refused(tmp_path: Path, name: str) -> None:
     assert not list((tmp_path / "victim").iterdir())
 
 
-def test_a_link_at_a_temporary_name_is_not_followed(tmp_path: Path) -> None:
+def test_symlink_at_a_temporary_name_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     (tmp_path / f".tmp-status.json-{os.getpid()}").symlink_to(tmp_path / "victim")
     write_atomically(tmp_path / "status.json", "new")
     assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "status.json").is_symlink()
 
 
-def test_planted_checkpoints_are_refused(options: Any, train: Any, tmp_path: Path) -> None:
-    """A link, a folder of another user, and pickles in place of every file, with a manifest that fits."""
+def test_planted_checkpoints_are_rejected(options: Any, train: Any, tmp_path: Path) -> None:
+    """A symlink, another user's folder, and a pickle in place of each file, with a matching manifest."""
     import hashlib
     import pickle
     import shutil
@@ -130,7 +134,7 @@ def test_planted_checkpoints_are_refused(options: Any, train: Any, tmp_path: Pat
         if file.suffix == ".safetensors" or file.name in ("state.json", "manifest.json"):
             assert verify(copy), file.name
             shutil.rmtree(copy)
-        else:  # config and tokenizer, which only transformers reads: as JSON
+        else:  # config and tokenizer: only transformers reads them, as JSON
             with pytest.raises(InputError):
                 train(run_dir=tmp_path / "run2", **{"model.path": copy})
             shutil.rmtree(copy)
@@ -152,7 +156,7 @@ def test_planted_checkpoints_are_refused(options: Any, train: Any, tmp_path: Pat
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR or MASTER_PORT is not set"),
     ],
 )
-def test_an_environment_that_can_not_work_is_refused(
+def test_invalid_distributed_environment_is_rejected(
     environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -161,7 +165,7 @@ def test_an_environment_that_can_not_work_is_refused(
         pass
 
 
-def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         taken = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -182,12 +186,13 @@ def test_blame() -> None:
         place(9, 7, 2.0, "micro-batch 1 of 1"),
     ]
     before = [p | {"beats": 5} for p in now]
-    assert "rank 1 (host n, process 5) at step 7, Evaluate; waited for by rank 0" in blame(before, now, 60)
+    assert "rank 1 (host n, process 5) at step 7, Evaluate; blocking rank 0" in blame(before, now, 60)
     before[2] = now[2]
-    assert "no sign of life from rank 2" in blame(before, now, 60)
-    assert "rank 1 was never heard of" in blame([now[0], None], [place(10, 7, 2.0, "x"), None], 60)
+    assert "no heartbeat from rank 2" in blame(before, now, 60)
+    assert "rank 1 (never reported)" in blame([now[0], None], [place(10, 7, 2.0, "x"), None], 60)
 
 
 def test_odd_ones() -> None:
-    assert odd_ones([5, 5, 6]) == "rank 2 differs"
-    assert odd_ones([5, 6, 6, 7]) == "ranks 0, 3 differ"
+    assert odd_ones([5, 5, 6]) == "outside the majority: 2"
+    assert odd_ones([6, 5, 6, 6, 7]) == "outside the majority: 1, 4"
+    assert odd_ones([5, 6]) == "no majority"

@@ -13,7 +13,7 @@ from plainloop.trainer.cli import main
 def test_mean_and_spread(
     train: Any, options: Any, metrics: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of real runs: the figures of each run's best checkpoint."""
+    """On real runs: summarize the metrics of each run's best checkpoint."""
     runs = [tmp_path / f"seed {seed}" for seed in (1, 2, 3)]
     for seed, run_dir in enumerate(runs, start=1):
         train(
@@ -32,7 +32,7 @@ def test_mean_and_spread(
     assert "total" not in header and lines[3].startswith("mean of 3")
 
 
-def test_scored_folders_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scored_folders_and_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, record in (("a", {"f1": 0.5, "em": 0.25}), ("b", {"f1": 0.7, "em": 0.25}), ("c", {"f1": 1.0})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(record))
@@ -41,6 +41,6 @@ def test_scored_folders_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixtu
     mean, spread = capsys.readouterr().out.splitlines()[-2:]
     assert mean.split()[-2:] == ["0.6000", "0.2500"] and spread.split()[-2:] == ["0.1414", "0.0000"]
     assert main(["evaluate", "--summary", a]) == 0 and "nan" in capsys.readouterr().out
-    assert main(["evaluate", "--summary", a, c]) == 2 and "other figures" in capsys.readouterr().err
+    assert main(["evaluate", "--summary", a, c]) == 2 and "other metrics" in capsys.readouterr().err
     assert main(["evaluate", "--summary", empty]) == 2 and "neither a run folder" in capsys.readouterr().err
-    assert main(["evaluate", "--summary"]) == 2 and "wants run folders" in capsys.readouterr().err
+    assert main(["evaluate", "--summary"]) == 2 and "needs run folders" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Read dataset files into Examples; every record is validated."""

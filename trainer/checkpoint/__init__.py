@@ -1,0 +1,1 @@
+"""What survives a kill: checkpoint folders, their asynchronous writer, and resuming from them."""

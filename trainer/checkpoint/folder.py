@@ -1,0 +1,257 @@
+"""Checkpoint folders: published atomically, verified on read, no pickle.
+
+RUN/checkpoints/step-00000500/
+    config.json, model.safetensors, tokenizer ...   what from_pretrained reads
+    optimizer.safetensors                           '<parameter>/<key>' -> tensor
+    state.json                                      step, counters, loss scale, evaluations, config
+    manifest.json                                   size and SHA-256 of every other file, written last
+
+A checkpoint is written to a .tmp-* folder, fsynced, and published by one atomic rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plainloop.trainer.errors import InputError
+from plainloop.trainer.run_folder.files import MANIFEST, describe_file, file_fault, sweep, sync
+from plainloop.trainer.state import TrainState
+
+FORMAT = 3  # of state.json; `upgrade` reads the one before
+PREFIX = "step-"
+STATE_KEYS = set(
+    "step order order_since loss_count loss_sum nonfinite_streak nonfinite_total scaler evaluations config"
+    " fingerprint environment".split()
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder and the contents of its state.json."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, save_model: Callable[[Path], None], optimizer: dict[str, torch.Tensor],
+    state: dict[str, Any], *, size: int, still_ours: Callable[[], None] = lambda: None,
+) -> Path:  # fmt: skip
+    """Rank 0 only. Write the checkpoint of state["step"] into `folder`. An error leaves no partial files.
+
+    save_model writes the files that from_pretrained reads; state goes to state.json. size: estimated bytes,
+    which must be free on the disk. still_ours is called before the rename; it raises to end the run if this
+    process no longer owns the folder. Raises OSError.
+    """
+    final = folder / f"{PREFIX}{state['step']:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    require_space(folder, size)
+    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    temporary.mkdir()  # fails if it exists: never write into someone else's folder or symlink
+    try:
+        save_model(temporary)
+        _save_tensors(optimizer, temporary / "optimizer.safetensors")
+        _write_json(temporary / "state.json", {"format": FORMAT, **state})
+        manifest = {f.name: describe_file(f) for f in sorted(temporary.iterdir())}
+        _write_json(temporary / MANIFEST, manifest)
+        _settle(temporary)
+        still_ours()
+        if final.exists():  # damaged ones were set aside on resume, so this one is good
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if (found := re.search(r"os error (\d+)", str(error))) and not isinstance(error, OSError):
+            number = int(found.group(1))  # from Rust code: safetensors, tokenizers
+            raise OSError(number, os.strerror(number), str(temporary)) from None
+        raise
+    return final
+
+
+def restore(state: TrainState, checkpoint: Checkpoint, *, is_main: bool) -> None:
+    """All ranks. Restore everything but the weights, which are already loaded. Rank 0 gets the loss sum.
+
+    Raises InputError if the state does not belong to this model.
+    """
+    from safetensors.torch import load_file
+
+    saved = checkpoint.state
+    try:
+        state.load_optimizer_tensors(load_file(checkpoint.path / "optimizer.safetensors"))
+    except ValueError as error:
+        raise InputError(f"{checkpoint.path / 'optimizer.safetensors'}: {error}.") from None
+    state.step = state.heartbeat.step = saved["step"]
+    state.order, state.order_since = saved["order"], saved["order_since"]
+    state.evaluations = saved["evaluations"]
+    state.loss_count = saved["loss_count"]
+    state.loss_sum += saved["loss_sum"] if is_main else 0.0
+    state.nonfinite_streak += saved["nonfinite_streak"]
+    state.nonfinite_worst += saved["nonfinite_streak"]
+    state.nonfinite_total += saved["nonfinite_total"]
+    if saved["scaler"]:
+        state.scaler.load_state_dict(saved["scaler"])
+
+
+def newest_good(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """Rank 0 only. Return the newest checkpoint (by step) that verifies; report damaged ones, set them aside.
+
+    Raises InputError if checkpoints exist but none is good: a run never silently starts from scratch.
+    """
+    reasons: dict[Path, str] = {}
+    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        fault = verify(path)
+        if fault is None:
+            for damaged, reason in reasons.items():
+                report(f"damaged checkpoint set aside: {damaged}: {reason}")
+                os.rename(damaged, damaged.with_name(f".bad-{damaged.name}-{os.getpid()}"))
+            return Checkpoint(path, upgrade(json.loads((path / "state.json").read_text(encoding="utf-8"))))
+        reasons[path] = fault
+    if reasons:
+        listed = "\n  ".join(f"{path}: {reason}" for path, reason in reasons.items())
+        raise InputError(f"no checkpoint in {folder} is good; remove the folder to start over:\n  {listed}")
+    return None
+
+
+def upgrade(state: dict[str, Any]) -> dict[str, Any]:
+    """Convert state.json from format 2 to format 3. In format 2 the fingerprint hashed the source code of the
+    data readers; it can't be compared with today's, so it becomes None.
+    """
+    if state.get("format") != 2:
+        return state
+    renamed = {"nonfinite_run": "nonfinite_streak", "surroundings": "environment"}
+    return {renamed.get(key, key): value for key, value in state.items()} | {"format": 3, "fingerprint": None}
+
+
+def verify(path: Path) -> str | None:
+    """Check the size and SHA-256 of every file in the manifest. Return what is wrong, or None.
+
+    Raises OSError if the folder can't be read right now, which does not mean that it is damaged.
+    """
+    try:
+        if fault := _foreign(path):
+            return fault
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            file = path / name
+            if name != Path(name).name:
+                return f"{MANIFEST} names {name}, which is not a file of this folder"
+            if fault := file_fault(file, name, expected):
+                return fault
+            if file.suffix == ".safetensors" and (fault := _unreadable(file)):
+                return fault
+        if missing := {"config.json", "state.json", "optimizer.safetensors"} - set(manifest):
+            return f"{MANIFEST} does not list {sorted(missing)}"
+        if not any(name.startswith("model") and name.endswith(".safetensors") for name in manifest):
+            return f"{MANIFEST} lists no weights"
+        return _incomplete(upgrade(json.loads((path / "state.json").read_text(encoding="utf-8"))))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} can't be read ({error})"
+
+
+def _foreign(path: Path) -> str | None:
+    """Reject symlinks and folders owned by other users: their contents can't be trusted."""
+    if path.is_symlink():
+        return "is a symbolic link"
+    owner = path.stat().st_uid
+    return f"belongs to user {owner}" if owner not in (os.getuid(), path.parent.stat().st_uid) else None
+
+
+def _unreadable(file: Path) -> str | None:
+    """Check the safetensors header only."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except SafetensorError as error:
+        return f"{file.name} is not a safetensors file ({error})"
+
+
+def _incomplete(state: dict[str, Any]) -> str | None:
+    """Return what state.json lacks. Resetting a counter or the loss scale would silently change the run."""
+    if state.get("format") != FORMAT:
+        return f"state.json has format {state.get('format')}, this version reads {FORMAT}"
+    if missing := STATE_KEYS - set(state):
+        return f"state.json lacks {', '.join(sorted(missing))}"
+    if state["config"]["precision"] == "fp16" and not state["scaler"]:
+        return "state.json lacks the fp16 loss scale"
+    return None
+
+
+def retain(folder: Path, *, keep_last: int, best_step: int | None) -> None:
+    """Rank 0 only. Delete all but the last K (by step) and the best; sweep leftovers of crashed saves."""
+    steps = sorted(folder.glob(f"{PREFIX}*"))
+    for path in steps[:-keep_last]:
+        if path.name != f"{PREFIX}{best_step or -1:08d}":
+            doomed = path.with_name(f".tmp-delete-{path.name}")
+            os.rename(path, doomed)  # rename first: a kill during deletion leaves no partial checkpoint
+    sweep(folder)
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """Estimated size in bytes: fp32 weights, AdamW's two moments, and room for the small files."""
+    return 3 * 4 * parameters + (4 << 20)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OSError (ENOSPC) before writing if fewer than `needed` bytes are free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{free / 1e6:.0f} MB free, a checkpoint needs {needed / 1e6:.0f} MB", str(folder)
+        )
+
+
+def counters(state: TrainState) -> dict[str, Any]:
+    """Return the part of the state that goes to state.json. Waits for the device."""
+    return {
+        "step": state.step,
+        "order": state.order,
+        "order_since": state.order_since,
+        "loss_count": state.loss_count,
+        "nonfinite_streak": int(state.nonfinite_streak),
+        "nonfinite_total": int(state.nonfinite_total),
+        "scaler": state.scaler.state_dict(),
+        "evaluations": list(state.evaluations),
+    }
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _settle(folder: Path) -> None:
+    """Set permissions from the umask (safetensors writes 0600) and fsync everything."""
+    umask = _umask()
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
+        sync(file)
+    sync(folder)
+
+
+def _umask() -> int:
+    """Read the umask. On Linux without setting it, since another thread may be creating a file."""
+    if not sys.platform.startswith("linux"):
+        umask = os.umask(0)
+        os.umask(umask)
+        return umask
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))

@@ -1,0 +1,236 @@
+"""`plainloop evaluate`: score a checkpoint or a predictions file with the official metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from plainloop.data.readers.causalqa import TextOptions, data_files, is_squad, read_text
+from plainloop.data.readers.squad import read_json, read_squad
+from plainloop.trainer.config.command_options import ScoreConfig, ScoreTextConfig
+from plainloop.trainer.config.options import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TextConfig,
+    TrainConfig,
+)
+from plainloop.trainer.errors import InputError
+from plainloop.trainer.run_folder.files import write_atomically
+from plainloop.trainer.tasks.metrics import causalqa_scores, squad_scores
+
+# Options of evaluate that only some tasks use, and what train calls them.
+TASK_OPTION_OF = {
+    "max_length": "data.max_length", "stride": "data.stride", "text": "text", "rouge_bootstrap": "text",
+    "max_answer_length": "evaluation.max_answer_length", "null_threshold": "evaluation.null_threshold",
+    "num_best": "evaluation.num_best",
+}  # fmt: skip
+
+
+def score(config: ScoreConfig) -> dict[str, float] | None:
+    """All ranks. Metrics on rank 0, None elsewhere. Raises InputError."""
+    if not config.data or bool(config.model) == bool(config.predictions):
+        raise InputError("evaluate needs --data FILE, and either --model FOLDER or --predictions FILE.")
+    if config.predictions:
+        return score_predictions(config)
+    if config.null_odds or config.strict:
+        raise InputError("--null_odds and --strict need --predictions; they have no effect with --model.")
+    return score_model(config)
+
+
+def score_predictions(config: ScoreConfig) -> dict[str, float]:
+    """Score a predictions file. SQuAD: {id: text}; a missing id counts as empty, with a warning."""
+    if config.out_dir:
+        raise InputError("--out_dir needs --model; the metrics of --predictions are printed.")
+    files = data_files(config.data or "", "valid", text_options(config.text))
+    if not is_squad(files[0]):
+        return score_text_predictions(config, files)
+    if len(files) > 1 or config.rouge_bootstrap:
+        raise InputError("SQuAD takes one --data file, and --rouge_bootstrap is for CausalQA.")
+    examples = read_squad(files[0])
+    predictions = _read_map(str(config.predictions), str, "text")
+    ids = {example.id for example in examples}
+    missing, unknown = ids - set(predictions), set(predictions) - ids
+    if missing and config.strict:
+        raise InputError(
+            f"{config.predictions}: {len(missing)} ids have no prediction, first {sorted(missing)[0]}."
+        )
+    if missing:
+        _warn(f"{len(missing)} of {len(ids)} questions have no prediction; they count as unanswerable")
+    if unknown:
+        _warn(f"{len(unknown)} predictions match no question in {config.data}; they are ignored")
+    odds = _read_map(config.null_odds, (int, float), "number") if config.null_odds else None
+    return squad_scores(examples, predictions, score_diff=odds)
+
+
+def score_text_predictions(config: ScoreConfig, files: list[str]) -> dict[str, float]:
+    """Score CausalQA predictions: a list in row order, an object with one as `predictions`, or {id: text}."""
+    if config.null_odds:
+        raise InputError("--null_odds is for SQuAD; CausalQA has no unanswerable questions.")
+    examples = read_text(files, text_options(config.text))
+    path = Path(str(config.predictions))
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    content = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("predictions"), list):
+        content = content["predictions"]
+    if isinstance(content, dict):
+        missing = [e.id for e in examples if e.id not in content]
+        if missing:
+            raise InputError(f"{path}: {len(missing)} ids have no prediction, first {missing[0]!r}.")
+        content = [content[e.id] for e in examples]
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+        raise InputError(f"{path}: must be a JSON list of texts, or an object {{id: text}}.")
+    if len(content) != len(examples):
+        raise InputError(
+            f"{path}: has {len(content)} predictions, but {', '.join(files)} has {len(examples)} rows."
+        )
+    return causalqa_scores(content, [e.references for e in examples], bootstrap=config.rouge_bootstrap)
+
+
+def text_options(given: ScoreTextConfig) -> TextOptions:
+    """Return the text options that the data readers need."""
+    text = merged({}, given)
+    return TextOptions(**{f.name: getattr(text, f.name) for f in dataclasses.fields(TextOptions)})
+
+
+def score_model(config: ScoreConfig) -> dict[str, float] | None:
+    """All ranks. Evaluate a model. Metrics on rank 0, None elsewhere."""
+    from plainloop.models.load import overflows_in_fp16
+    from plainloop.trainer.distributed.device import set_up_device
+    from plainloop.trainer.distributed.world import process_group, world_from_env
+    from plainloop.trainer.precision import resolve_precision, warnings
+    from plainloop.trainer.tasks import base as tasks
+    from plainloop.trainer.tasks.evaluation import EvaluationSettings
+    from plainloop.trainer.tasks.find import find_task
+
+    world, path = world_from_env(config.device), checkpoint_path(str(config.model))
+    run = as_trained(path, config)
+    task_type = find_task(run.task)
+    check_options(run.task, task_type.uses, config)
+    if config.out_dir and world.is_main:
+        require_writable(Path(config.out_dir))
+    task = task_type(run)
+    data = tasks.load_split(task, "dev", config.data or "", run, world)
+    if config.rouge_bootstrap and world.is_main and "rougeL_f1" not in task.metrics(data.examples):
+        raise InputError("--rouge_bootstrap is for CausalQA; this is SQuAD data.")
+    with process_group(world, timeout_s=config.timeout_s):
+        set_up_device(world, tf32=config.tf32, deterministic=False)
+        overflows = overflows_in_fp16(path)
+        precision, why = resolve_precision(config.precision, world.device, overflows_in_fp16=overflows)
+        if world.is_main:
+            notes = warnings(precision, world.device, overflows_in_fp16=overflows)
+            for line in (f"precision {precision}: {why}", *notes, *data.store.meta["report"]):
+                print(line, file=sys.stderr)
+        settings = EvaluationSettings(
+            world, precision, config.tokens_per_device, run.evaluation, name=path,
+            folder=Path(config.out_dir) if config.out_dir else None, bootstrap=config.rouge_bootstrap,
+        )  # fmt: skip
+        model = tasks.load_model(task, path, run, world, new_head=False)
+        metrics = tasks.evaluate(task, model, data, settings)
+    return metrics if world.is_main else None
+
+
+def as_trained(path: str, config: ScoreConfig) -> TrainConfig:
+    """The config to evaluate the model with: as it was trained, unless `config` says otherwise."""
+    from plainloop.models.load import load_config
+
+    trained = trained_with(path)
+    windows = trained.get("data", {})
+    return TrainConfig(
+        task=trained.get("task") or ("text" if load_config(path).is_encoder_decoder else "span"),
+        model=ModelConfig(path=path),
+        data=DataConfig(
+            max_length=config.max_length or windows.get("max_length", 384),
+            stride=windows.get("stride", 128) if config.stride is None else config.stride,
+            cache_dir=config.cache_dir,
+        ),
+        text=merged(trained.get("text", {}), config.text),
+        evaluation=EvaluationConfig(
+            max_answer_length=config.max_answer_length,
+            null_threshold=config.null_threshold,
+            num_best=config.num_best,
+        ),
+    )
+
+
+def require_writable(folder: Path) -> None:
+    """Raise InputError now, not after the evaluation."""
+    probe = folder / ".tmp-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(probe, "")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out_dir {folder}: {error.strerror or error}.") from None
+
+
+def checkpoint_path(path: str) -> str:
+    """Resolve a run folder to its best, or else newest good, checkpoint. Return any other path unchanged."""
+    from plainloop.trainer.checkpoint.folder import PREFIX, verify
+
+    folder = Path(path)
+    if (folder / "best").exists():
+        for _ in range(3):
+            best = (folder / "best").resolve()
+            if not (fault := verify(best)):
+                return str(best)
+            if (folder / "best").resolve() == best:  # else a running job has replaced it meanwhile
+                break
+        raise InputError(f"{best}: this checkpoint is damaged: {fault}; choose another one with --model.")
+    if not (folder / "checkpoints").is_dir():
+        return path
+    for candidate in sorted((folder / "checkpoints").glob(f"{PREFIX}*"), reverse=True):
+        if verify(candidate) is None:
+            return str(candidate)
+    raise InputError(f"{path}: this run folder has no good checkpoint.")
+
+
+def trained_with(path: str) -> dict[str, Any]:
+    """Return the training config of a plainloop checkpoint; {} for other folders."""
+    try:
+        state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
+        return dict(state["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def check_options(task: str, uses: Collection[str], config: ScoreConfig) -> None:
+    """Raise InputError for options that this task would silently ignore."""
+    default = ScoreConfig()
+    given = [
+        f"--{name}"
+        for name, option in TASK_OPTION_OF.items()
+        if option not in uses and getattr(config, name) != getattr(default, name)
+    ]
+    if given:
+        raise InputError(f"{', '.join(given)}: no effect with task {task}; leave it out.")
+
+
+def merged(trained: dict[str, Any], given: ScoreTextConfig) -> TextConfig:
+    """Return the text options that a run was trained with, overridden by those given."""
+    known = {field.name for field in dataclasses.fields(TextConfig)}
+    chosen = {name: value for name, value in dataclasses.asdict(given).items() if value is not None}
+    return TextConfig(**{name: value for name, value in trained.items() if name in known} | chosen)
+
+
+def _read_map(path: str, kind: Any, what: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file.")
+    content = read_json(Path(path))
+    if not isinstance(content, dict) or not all(isinstance(value, kind) for value in content.values()):
+        raise InputError(f"{path}: must be a JSON object {{id: {what}}}.")
+    return content
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def print_metrics(metrics: dict[str, float]) -> None:
+    """Print JSON on standard output, like the official script."""
+    print(json.dumps(metrics, indent=2))

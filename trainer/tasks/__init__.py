@@ -1,0 +1,1 @@
+"""One file per task, and what tasks share: features, generation, evaluation, metrics."""

@@ -1,0 +1,208 @@
+"""What a task is, and what all tasks share: cached features, steps, loading, saving, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from plainloop.data import store as stores
+from plainloop.data.loader import Collate, Steps
+from plainloop.data.samplers import Sampler, few_widths, subset
+from plainloop.data.store import FEATURES_VERSION, Store
+from plainloop.models.cpu_dropout import speed_up_dropout
+from plainloop.models.load import checkpoint_activations, save_network
+from plainloop.models.position_bias import share_position_bias
+from plainloop.trainer.config.options import TrainConfig
+from plainloop.trainer.config.parse import flatten
+from plainloop.trainer.config.validate import FREE_ON_RESUME
+from plainloop.trainer.distributed.world import World
+from plainloop.trainer.errors import InputError
+from plainloop.trainer.tasks.evaluation import EvaluationSettings, Interrupted, Scores
+
+
+class Encoded(NamedTuple):
+    """Features of a split. arrays: `length` (N,), `example` (N,), and flat arrays such as `input_ids` (see
+    Store). report: lines for the log; what was truncated begins with "warning:". meta: kept in store.meta.
+    """
+
+    arrays: dict[str, np.ndarray]
+    report: list[str]
+    meta: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A split. store: features, on all ranks. examples: of split dev on rank 0, in file order; else empty."""
+
+    files: list[str]
+    limit: int | None
+    store: Store
+    examples: Sequence[Any] = field(default=(), repr=False)
+
+
+class Task(Protocol):
+    """What a row is, which network reads it, what the loss is, and how predictions are scored.
+
+    A task knows nothing of ranks, devices, caches and checkpoints. Each rank makes its own from the config;
+    __init__ loads the tokenizer and raises InputError if it does not suit.
+    """
+
+    uses: ClassVar[tuple[str, ...]]  # of the options that only some tasks use (config.validate.TASK_OPTIONS)
+    feature_options: ClassVar[tuple[str, ...]]  # dotted names of the options that `encode` depends on
+    tokenizer: Any
+
+    def __init__(self, config: TrainConfig) -> None: ...
+
+    def files(self, path: str | Sequence[str], split: str) -> list[str]:
+        """Resolve data.train or data.dev to files (or folders). split: "train" or "dev". InputError."""
+
+    def read(self, files: list[str]) -> list[Any]:
+        """Read the examples, each with an `id`. Raises InputError for a bad record."""
+
+    def metrics(self, examples: Sequence[Any]) -> list[str]:
+        """Names of the metrics that `evaluate` gives for these examples."""
+
+    def encode(self, examples: Sequence[Any], split: str) -> Encoded:
+        """Tokenise. Rows of one example are adjacent; array `example` holds its index."""
+
+    def collate(self, store: Store) -> Collate:
+        """Make batches of rows: the inputs of the network and the labels of the loss."""
+
+    def load_model(self, path: str) -> nn.Module:
+        """Load a module whose `network` comes from models.load.load_network. Its head may be new."""
+
+    def loss_sum(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Sum of the losses of a micro-batch, an fp32 scalar. A label of -100 counts for nothing."""
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, settings: EvaluationSettings) -> Scores:
+        """All ranks. Score every example once; other ranks return empty Scores. Raises Interrupted."""
+
+
+def load_split(
+    task: Task, split: str, path: str | Sequence[str], config: TrainConfig, world: World, *,
+    limit: int | None = None,
+) -> Dataset:  # fmt: skip
+    """All ranks, outside any process group: rank 0 tokenises into the cache, the others wait for it.
+
+    limit: take this many examples, drawn once. Raises InputError.
+    """
+    files = task.files(path, split)
+    folder = stores.cache_folder(config.data.cache_dir) / _store_name(task, split, files, config, limit)
+    if not world.is_main:
+        return Dataset(files, limit, stores.wait_for(folder))
+    examples: list[Any] = []
+
+    def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        read = examples or task.read(files)
+        kept = [read[i] for i in subset(len(read), limit)]
+        encoded = task.encode(kept, split)
+        return encoded.arrays, {"examples": len(kept), "report": encoded.report, **encoded.meta}
+
+    if split == "dev":  # read now, so that the file may move during the run
+        examples = task.read(files)
+    return Dataset(files, limit, stores.build(folder, make), examples)
+
+
+def require_metric(task: Task, dataset: Dataset, name: str) -> None:
+    """Rank 0 only. Raise InputError if an evaluation of this data does not give evaluation.best_metric."""
+    if name not in (names := task.metrics(dataset.examples)):
+        raise InputError(f"evaluation.best_metric {name}: this data gives {', '.join(names)}.")
+
+
+def _store_name(task: Task, split: str, files: list[str], config: TrainConfig, limit: int | None) -> str:
+    """Names everything that the features depend on. Of split train it is the run's fingerprint."""
+    options = flatten(dataclasses.asdict(config))
+    names = [n for n in task.feature_options if split != "train" or n not in FREE_ON_RESUME]
+    own_code = [] if type(task).__module__.startswith("plainloop.") else [Path(inspect.getfile(type(task)))]
+    key = stores.digest(
+        FEATURES_VERSION, type(task).__name__, tokenizer_description(task.tokenizer), split, limit,
+        {name: options[name] for name in names}, *map(Path, files), *own_code,
+    )  # fmt: skip
+    return f"{type(task).__name__.lower()}-{key}"
+
+
+def tokenizer_description(tokenizer: Any) -> dict[str, Any]:
+    """What token ids depend on, JSON-serialisable, without settings that using a tokenizer leaves in it."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        vocabulary = tokenizer.get_vocab()
+        return {"class": type(tokenizer).__name__, "vocabulary": vocabulary, "special": special}
+    return {**json.loads(backend.to_str()), "truncation": None, "padding": None, "special": special}
+
+
+def tokenising_processes(config: TrainConfig) -> int:
+    return config.data.processes or len(os.sched_getaffinity(0))
+
+
+def record_ids(task: Task, dataset: Dataset, rows: np.ndarray) -> list[str]:
+    """Ids of the training records behind these rows. Reads the files again."""
+    examples = task.read(dataset.files)
+    kept = subset(len(examples), dataset.limit)
+    return list(dict.fromkeys(examples[kept[i]].id for i in dataset.store.arrays["example"][rows]))
+
+
+def make_steps(task: Task, dataset: Dataset, config: TrainConfig, world: World, *, max_tokens: int) -> Steps:
+    """This rank's share of every optimizer step. max_tokens: padded tokens of a micro-batch."""
+    store, collate = dataset.store, task.collate(dataset.store)
+    if config.data.num_widths:
+        counts = [config.data.num_widths, 2][: 1 + (store.row_lengths.ndim == 2)]  # targets are short: two
+        widths = few_widths(store.row_lengths, counts, collate.max_length)
+        collate = dataclasses.replace(collate, widths=widths)  # type: ignore[type-var]
+    sampler = Sampler(store.row_lengths, config.batch_size, config.seed, config.data.bucket)
+    return Steps(
+        sampler, collate, store.num_targets, world_size=world.size, rank=world.rank, max_tokens=max_tokens
+    )
+
+
+def load_model(task: Task, path: str, config: TrainConfig, world: World, *, new_head: bool) -> Any:
+    """Load the task's model onto this rank's device. new_head: the head may be missing, and is initialised.
+    Raises InputError.
+    """
+    model: Any = task.load_model(path)
+    if model.network.new_parameters and not new_head:
+        missing = ", ".join(model.network.new_parameters[:3])
+        raise InputError(f"model.path {path}: has no trained head for this task ({missing} missing).")
+    if config.model.activation_checkpointing:
+        checkpoint_activations(model.network)
+    if world.device.type == "cpu":
+        speed_up_dropout(model.network)
+    else:
+        share_position_bias(model.network)
+    return model.to(world.device)
+
+
+def save_model(task: Task, model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Rank 0 only, in a thread. Write what from_pretrained reads, with these weights of the model."""
+    save_network(model.network, folder, dict(weights))
+    task.tokenizer.save_pretrained(folder)
+
+
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    dataset: Dataset | None,
+    settings: EvaluationSettings,
+    *,
+    step: int | None = None,
+) -> dict[str, float] | None:
+    """All ranks. Metrics on rank 0 ({} elsewhere), files in settings.folder; None when interrupted."""
+    assert dataset is not None
+    if step is not None:
+        settings = dataclasses.replace(settings, name=f"{settings.name} step {step}")
+    try:
+        scores = task.evaluate(model, dataset, settings)
+    except Interrupted:
+        return None
+    if settings.world.is_main and settings.folder is not None:
+        scores.write(settings.folder)
+    return scores.metrics

@@ -1,0 +1,117 @@
+"""Task span: extractive question answering. Windows of SQuAD-like data, an encoder with a start/end head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from plainloop.data.loader import EncoderCollate
+from plainloop.data.readers.squad import read_squad
+from plainloop.data.span_answers import Spans, answers, best_spans
+from plainloop.data.span_features import question_limit, span_windows
+from plainloop.data.store import Store
+from plainloop.data.types import Example
+from plainloop.models.load import load_tokenizer
+from plainloop.models.spans import SpanModel, load_span_model, position_limit, span_loss_sum
+from plainloop.trainer.config.options import EvaluationConfig, TrainConfig
+from plainloop.trainer.errors import InputError
+from plainloop.trainer.tasks.base import Dataset, Encoded, tokenising_processes
+from plainloop.trainer.tasks.evaluation import EvaluationSettings, Scores, forward_rows
+from plainloop.trainer.tasks.metrics import squad_metrics, squad_scores
+
+
+class SpanTask:
+    """See base.Task."""
+
+    uses: ClassVar[tuple[str, ...]] = (
+        "model.attention_dropout", "data.max_length", "data.stride", "evaluation.max_answer_length",
+        "evaluation.null_threshold", "evaluation.num_best",
+    )  # fmt: skip
+    feature_options: ClassVar[tuple[str, ...]] = ("data.max_length", "data.stride")
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, path = config, config.model.path
+        self.tokenizer = load_tokenizer(path)
+        if self.tokenizer.cls_token_id is None:
+            raise InputError(f"model.path {path}: its tokenizer has no CLS token; use an encoder.")
+        question_limit(self.tokenizer, max_length=config.data.max_length, stride=config.data.stride)
+
+    def files(self, path: str | Sequence[str], split: str) -> list[str]:
+        if not isinstance(path, str):
+            raise InputError(f"data.{split}: task span takes one file or folder, not {', '.join(path)}.")
+        if not Path(path).exists():
+            raise InputError(f"{path}: no such file. Give a SQuAD JSON file or a folder saved by datasets.")
+        return [path]
+
+    def read(self, files: list[str]) -> list[Example]:
+        return read_squad(files[0])
+
+    def metrics(self, examples: Sequence[Example]) -> list[str]:
+        return [*squad_metrics(examples), "best_exact", "best_f1", "loss"]
+
+    def encode(self, examples: Sequence[Example], split: str) -> Encoded:
+        data = self.config.data
+        arrays = span_windows(
+            examples, self.tokenizer, max_length=data.max_length, stride=data.stride,
+            processes=tokenising_processes(self.config),
+        )  # fmt: skip
+        answerable = np.array([bool(e.answers) for e in examples])
+        found = np.zeros(len(examples), dtype=bool)
+        found[arrays["example"][arrays["label"][:, 0] != arrays["cls"]]] = True
+        length, capped = arrays["length"], int(arrays.pop("capped").sum())
+        report = [
+            f"{len(examples)} questions ({int((~answerable).sum())} unanswerable) -> {len(length)} windows of"
+            f" {length.min()} to {length.max()} tokens, median {int(np.median(length))}"
+        ]
+        if cut := int(answerable.sum()) - int(found.sum()):
+            where = "" if split == "train" else " in the loss"
+            report.append(f"warning: {cut} answers do not fit into any window and count as no answer{where}")
+        if capped:
+            report.append(f"warning: {capped} questions are too long for a window and were truncated")
+        return Encoded(arrays, report)
+
+    def collate(self, store: Store) -> EncoderCollate:
+        segments = "token_type_ids" in self.tokenizer.model_input_names
+        return EncoderCollate(store, self.tokenizer.pad_token_id, self.config.data.max_length, segments)
+
+    def load_model(self, path: str) -> SpanModel:
+        options, length = self.config.model, self.config.data.max_length
+        model = load_span_model(
+            path, new_head=True, dropout=options.dropout, attention_dropout=options.attention_dropout
+        )
+        if length > (limit := position_limit(model.network.config)):
+            raise InputError(f"data.max_length {length}: {path} has only {limit} positions.")
+        return model
+
+    def loss_sum(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        return span_loss_sum(logits, labels)
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, settings: EvaluationSettings) -> Scores:
+        store, options = dataset.store, settings.options
+
+        def decode(logits: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+            length, num_best = options.max_answer_length, max(1, options.num_best)
+            return best_spans(logits, rows, store, max_answer_length=length, num_best=num_best)._asdict()
+
+        loss, spans = forward_rows(model, store, self.collate(store), span_loss_sum, settings, reduce=decode)
+        if spans is None:
+            return Scores()
+        scores = score_spans(Spans(**spans), dataset.examples, store, options)
+        return Scores(scores.metrics | {"loss": loss}, scores.files)
+
+
+def score_spans(spans: Spans, examples: Sequence[Example], store: Store, options: EvaluationConfig) -> Scores:
+    """The official metrics of the best spans of all windows, and the files that the official script reads."""
+    predictions = answers(spans, examples, store, threshold=options.null_threshold, num_best=options.num_best)
+    by_id = dict(zip((example.id for example in examples), predictions, strict=True))
+    texts = {i: p.text for i, p in by_id.items()}
+    odds = {i: p.score_diff for i, p in by_id.items()}
+    files: dict[str, Any] = {"predictions.json": texts, "null_odds.json": odds}
+    if options.num_best:
+        files["nbest_predictions.json"] = {i: p.nbest for i, p in by_id.items()}
+    best_texts = {i: p.best for i, p in by_id.items()}
+    return Scores(squad_scores(examples, texts, score_diff=odds, best_texts=best_texts), files)
