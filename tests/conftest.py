@@ -129,13 +129,13 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
     """Run plainloop in a subprocess: launch(2, "train", options) uses torchrun's agent with two forked ranks
-    (e2e/forking_torchrun.py), launch(0, ...) a single process without torchrun.
+    (helpers/forking_torchrun.py), launch(0, ...) a single process without torchrun.
     """
 
     def run(
         processes: int, command: str, options: dict[str, Any], *, expect: int | None = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        forking = str(Path(__file__).parent / "e2e/forking_torchrun.py")
+        forking = str(Path(__file__).parent / "helpers/forking_torchrun.py")
         start = [forking, str(processes), "0"] if processes else ["-m", "plainloop.trainer"]
         line = [sys.executable, *start, command]
         result = subprocess.run(

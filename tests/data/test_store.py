@@ -1,3 +1,5 @@
+import hashlib
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 
 from plainloop.data.errors import InputError
-from plainloop.data.store import build, digest, wait_for
+from plainloop.data.store import FEATURES_VERSION, build, digest, wait_for
 
 ARRAYS = {"length": np.array([2, 3], dtype=np.int32), "input_ids": np.arange(5, dtype=np.int32)}
 
@@ -44,3 +46,50 @@ def test_unwritable_cache_folder_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="data.cache_dir"):
         build(tmp_path / "file/store", lambda: (ARRAYS, {}))
+
+
+# The arrays of a fixed sample for each FEATURES_VERSION. If this fails, what the readers or the tokenisation
+# produce has changed: raise FEATURES_VERSION in data/store.py and add the new digest here.
+DIGESTS = {1: "023bb900a5e1ebec"}
+CONTEXT = (
+    "Ada Holm built the stone bridge of Fernbay in 1702. Few of the letters have survived. It was moved."
+)
+
+
+def test_changed_features_need_a_new_version(tmp_path: Path) -> None:
+    """Real readers and tokenisation, with a tokenizer that is kept in the repository."""
+    from plainloop.data.readers.causalqa import TextOptions, read_text
+    from plainloop.data.readers.squad import read_squad
+    from plainloop.data.span_features import span_windows
+    from plainloop.data.text_features import pair_rows
+    from plainloop.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(Path(__file__).parents[1] / "fixtures/checkpoint_format_2/step-00000003"))
+    answers = [{"text": "Ada Holm", "answer_start": 0}, {"text": "the stone bridge", "answer_start": 15}]
+    qas = [
+        {"id": "a", "question": "Who built the bridge?", "answers": answers[:1]},
+        {"id": "b", "question": "What did Ada Holm build?", "answers": answers[1:]},
+        {"id": "c", "question": "Who moved the mill?", "answers": []},
+    ]
+    (tmp_path / "squad.json").write_text(
+        json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": qas}]}]})
+    )
+    (tmp_path / "causal.csv").write_text(
+        "question_processed,context_processed,answer,answer_processed\n"
+        f'why was it moved ?,"{CONTEXT.lower()}",of ice\tof frost,ice\nwhy ?,,None,None\n'
+    )
+    spans = span_windows(read_squad(tmp_path / "squad.json"), tokenizer, max_length=64, stride=16)
+    texts = [
+        pair_rows(
+            read_text([str(tmp_path / name)], TextOptions(target="most_frequent")), tokenizer,
+            max_source_length=64, max_target_length=4, stride=stride,
+        )
+        for name, stride in (("squad.json", 8), ("causal.csv", None))
+    ]  # fmt: skip
+    running = hashlib.sha256()
+    for arrays in (spans, *texts):
+        for name in sorted(arrays):
+            running.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+            running.update(np.ascontiguousarray(arrays[name]).tobytes())
+    assert len(spans["length"]) > 3 and len(texts[0]["length"]) > 3
+    assert DIGESTS[FEATURES_VERSION] == running.hexdigest()[:16]

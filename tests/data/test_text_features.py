@@ -89,7 +89,7 @@ def test_batches_by_hand(tmp_path: Path, t5: Any) -> None:
     for world_size in (1, 2, 3):
         ranks = [
             Steps(Sampler(both, 4, seed=1, bucket=2), TextCollate(store, 0, 0, 64), counts,
-                  world_size=world_size, rank=rank, tokens=90)
+                  world_size=world_size, rank=rank, max_tokens=90)
             for rank in range(world_size)
         ]  # fmt: skip
         for step in range(3):

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-TRAIN, FORKING = (str(Path(__file__).with_name(f"{n}.py")) for n in ("faulty_train", "forking_torchrun"))
+HELPERS = Path(__file__).parents[1] / "helpers"
+TRAIN, FORKING = str(HELPERS / "faulty_train.py"), str(HELPERS / "forking_torchrun.py")
 
 
 class Job:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).with_name("gradient_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers/gradient_worker.py"
 
 
 def gradients(

@@ -14,6 +14,6 @@ def test_leaving_a_process_group_never_hangs() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [sys.executable, str(Path(__file__).with_name("group_worker.py")), "40", str(port)]
+    line = [sys.executable, str(Path(__file__).parents[1] / "helpers/group_worker.py"), "40", str(port)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

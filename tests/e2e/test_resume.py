@@ -66,7 +66,7 @@ def test_another_world_size_sees_the_same_batches(
         line = [sys.executable]
         if processes > 1:
             line += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        line += [str(Path(__file__).with_name("recording_train.py"))]
+        line += [str(Path(__file__).parents[1] / "helpers/recording_train.py")]
         line += [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
         environment = {**os.environ, "RECORD": str(tmp_path / f"{name}-rows-"), "OMP_NUM_THREADS": "1"}
         subprocess.run(line, env=environment, timeout=200, capture_output=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+TINY = "TINY" in os.environ  # smoke test: one task, one rank
 STEPS, STOP_AT = 8, 3
 SEEN = ("loss", "grad_norm", "lr", "exact", "f1", "em", "rougeL_f1")
 
@@ -37,10 +38,8 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
         f"--task span --model.path {folder}/bert --data.train {train} --data.dev {dev} --data.max_length 96"
     )
     text = f"--task text --model.path {folder}/t5 --data.train {text_train} --data.dev {text_dev}"
-    return {
-        "span": f"{span} --data.stride 24".split(),
-        "text": f"{text} --text.max_new_tokens 8".split(),
-    }
+    found = {"span": f"{span} --data.stride 24".split(), "text": f"{text} --text.max_new_tokens 8".split()}
+    return {"span": found["span"]} if TINY else found
 
 
 def train(package: Path, options: list[str], run_dir: Path, ranks: int) -> None:
@@ -84,7 +83,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 def all_runs(package: Path, inputs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
     outcomes = {}
     for task, options in inputs.items():
-        for ranks in (1, 2):
+        for ranks in (1,) if TINY else (1, 2):
             whole, halves = folder / f"{task}-{ranks}-whole", folder / f"{task}-{ranks}-halves"
             train(package, options, whole, ranks)
             train(package, [*options, "--stop_at_step", str(STOP_AT)], halves, ranks)

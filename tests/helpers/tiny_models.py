@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def tiny_bert(folder: Path, corpus: Path) -> Path:
+def tiny_bert(folder: Path, corpus: Path, *, positions: int = 128) -> Path:
     """A two-layer BERT with a WordPiece vocabulary learned from `corpus`: 35,000 parameters."""
     import torch
     from tokenizers import BertWordPieceTokenizer
@@ -15,12 +15,12 @@ def tiny_bert(folder: Path, corpus: Path) -> Path:
     trained = BertWordPieceTokenizer()
     trained.train_from_iterator([corpus.read_text()], vocab_size=600, show_progress=False)
     trained.save_model(str(folder))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128)
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=positions)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=128,
+        intermediate_size=64, max_position_embeddings=positions,
     )  # fmt: skip
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     return folder

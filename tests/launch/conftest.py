@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -12,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import cluster as slurm
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-_spec = importlib.util.spec_from_file_location("slurm_cluster", HERE / "cluster.py")
-assert _spec and _spec.loader
-slurm = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(slurm)
+ROOT = Path(__file__).parents[2]
+HELPERS = ROOT / "tests/helpers"
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +83,10 @@ class SlurmJob:
 def submit(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., SlurmJob]]:
     """submit("train", *options, sbatch=[...], plan=[...] or fault={...}) -> SlurmJob.
 
-    plan: run stand_in.py instead of the trainer. fault: run e2e/faulty_train.py. Neither: run the trainer.
+    plan: run stand_in.py instead of the trainer. fault: run faulty_train.py. Neither: run the trainer.
     """
     jobs: list[SlurmJob] = []
-    fault_program = ROOT / "tests/e2e/faulty_train.py"
+    fault_program = HELPERS / "faulty_train.py"
 
     def begin(
         script: str, *arguments: str, sbatch: Any = (), plan: Any = None, fault: Any = None,
@@ -98,7 +94,7 @@ def submit(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., SlurmJob]]:
     ) -> SlurmJob:  # fmt: skip
         python = None
         if plan is not None:
-            python = f'#!/bin/sh\nexec "{sys.executable}" -S "{HERE / "stand_in.py"}" "$@"\n'
+            python = f'#!/bin/sh\nexec "{sys.executable}" -S "{HELPERS / "stand_in.py"}" "$@"\n'
         elif fault is not None:
             python = f"""#!/bin/bash
 line=()

@@ -161,3 +161,30 @@ def test_small_files_are_replaced_atomically(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a.json", "1")
     write_atomically(tmp_path / "a.json", json.dumps({"b": 2}))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_files_are_synced_before_the_rename_that_publishes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut could leave a complete-looking checkpoint with empty files."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noting_rename(source: Path, target: Path) -> None:
+        events.append(("rename", str(source)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    save(tmp_path, 3)
+    (published,) = [i for i, (what, _) in enumerate(events) if what == "rename"]
+    temporary = events[published][1]
+    written = [f"{temporary}/{name}" for name in FILES]
+    before = [path for _, path in events[:published]]
+    assert set(before) == {*written, temporary}
+    assert before[-1] == temporary  # its entries, when all files are on the disk
+    assert events[published + 1 :] == [("sync", str(tmp_path))]  # the new name

@@ -20,8 +20,10 @@ from plainloop.trainer.state import Progress
 def job(monkeypatch: pytest.MonkeyPatch) -> Any:
     """job(began_s_ago, ends_in_s) -> Deadline, with saves that take 20 s."""
 
+    now = int(time.time())
+    monkeypatch.setattr(time, "time", lambda: float(now))  # the clock stands still
+
     def make(ago: float, left: float) -> Deadline | None:
-        now = time.time()
         monkeypatch.setenv("SLURM_JOB_START_TIME", str(int(now - ago)))
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now + left)))
         return Deadline.from_env(StopTime(step_s=4.0, batch_s=1.0, save_s=20.0))
@@ -99,6 +101,6 @@ def test_log_line_and_time_limit_warning(
     (Path(options["run_dir"]) / "status.json").write_text('{"save_s": 1000}')  # longer than the job has left
     train(max_steps=3)
     told = capsys.readouterr().err
-    assert "  job 00:04:" in told and "  requeues " in told
-    assert re.search("the job ends in 00:04:.*, the run needs .* expect about .* requeue", told)
+    assert "  job 00:05:00" in told and "  requeues " in told
+    assert re.search("the job ends in 00:05:00, the run needs .* expect about .* requeue", told)
     assert "--signal=B:USR1@70 is early enough" in told  # from this run's own save

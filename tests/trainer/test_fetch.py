@@ -1,6 +1,5 @@
 """plainloop fetch with the real hub client and a local hub; CausalQA's archive; then training offline."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import hub as local_hub
 
 from plainloop.data.errors import InputError
 from plainloop.trainer.cli import main
 from plainloop.trainer.commands.fetch import fault_of, fetch, read_source
 from plainloop.trainer.config.command_options import FetchConfig
-
-_spec = importlib.util.spec_from_file_location("local_hub", Path(__file__).with_name("hub.py"))
-assert _spec and _spec.loader
-local_hub = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(local_hub)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ life            only in the run after this many requeues of a Slurm job (0: befo
 slow_save_s     seconds added to every save
 slow_step_s     seconds added to every step
 slow_batch_s    seconds added to every batch of an evaluation
+hold_save       a save waits until this file exists
+hold_batch      a batch of an evaluation waits until this file exists
 hang_at         before this step, the main thread hangs
 poison_at       before this step, one weight becomes NaN
 drift_at        before this step, one bit of one weight flips
@@ -25,15 +27,24 @@ LIFE = int(os.environ.get("SLURM_RESTART_COUNT", 0))
 fsync, train_step, agreed = os.fsync, loop.train_step, hooks.Stop.agreed
 
 
+def wait_for(gate: str | None) -> None:
+    """Wait until the test opens the gate, for two minutes at most."""
+    until = time.monotonic() + 120
+    while gate and not os.path.exists(gate) and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def slow_fsync(descriptor: int) -> None:
     """A slow disk: once per save, when the temporary folder is synced."""
     name = os.readlink(f"/proc/self/fd/{descriptor}")
     if os.path.isdir(name) and os.path.basename(name).startswith(".tmp-step-"):
+        wait_for(FAULT.get("hold_save"))
         time.sleep(FAULT.get("slow_save_s", 0))
     fsync(descriptor)
 
 
 def slow_agreed(self: Any) -> bool:
+    wait_for(FAULT.get("hold_batch"))
     time.sleep(FAULT.get("slow_batch_s", 0))
     return agreed(self)
 
