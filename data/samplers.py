@@ -104,8 +104,8 @@ class Sampler:
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         order = random.permutation(len(self.lengths))
         if self.bucket:
-            window = self.bucket * self.batch_size
-            windows = [order[i : i + window] for i in range(0, len(order), window)]
+            sort_window = self.bucket * self.batch_size
+            windows = [order[i : i + sort_window] for i in range(0, len(order), sort_window)]
             order = np.concatenate(
                 [w[np.argsort(total_lengths(self.lengths[w]), kind="stable")] for w in windows]
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import zipfile
@@ -96,7 +97,8 @@ def fill_hub_cache(cache: Path, models: dict[str, Path]) -> None:
 
 def run_script(lines: list[str], folder: Path, environment: dict[str, Any], *, timeout_s: int) -> str:
     """Run the lines in one shell; return what it printed. The failing command is the last that it echoed."""
-    script = "set -euo pipefail\n" + "".join(f"echo '+++' {json.dumps(line)} >&2\n{line}\n" for line in lines)
+    echoed = [f"echo '+++' {shlex.quote(line)} >&2\n{line}\n" for line in lines]
+    script = "set -euo pipefail\n" + "".join(echoed)
     done = subprocess.run(
         ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s
     )
