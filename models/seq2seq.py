@@ -48,9 +48,12 @@ class Seq2SeqModel(nn.Module):
         self._scored = scored
         try:
             output = self.network(
-                input_ids=input_ids, attention_mask=visible, decoder_input_ids=decoder_input_ids,
-                use_cache=False, return_dict=True,
-            )  # fmt: skip
+                input_ids=input_ids,
+                attention_mask=visible,
+                decoder_input_ids=decoder_input_ids,
+                use_cache=False,
+                return_dict=True,
+            )
         finally:
             self._scored = None
         logits: Tensor = output.logits[0]

@@ -68,6 +68,7 @@ def test_two_ranks_resume_and_evaluate_every_example_once(
     assert "--num_best: no effect with task answerable:Answerable" in error
 
 
+@pytest.mark.slow
 def test_gradient_does_not_depend_on_ranks_or_micro_batches(own: Any, launch: Any, metrics: Any) -> None:
     still = own | {"model.dropout": 0.0, "model.attention_dropout": 0.0, "max_steps": 3}
     still |= {"evaluation.every_steps": 0, "checkpoint.every_steps": 0}
@@ -138,6 +139,7 @@ def test_hook_that_cannot_be_called_is_a_clear_error(own: Any) -> None:
     assert len(find_hooks(["my_hooks:Count", "my_hooks:shout"])) == 2
 
 
+@pytest.mark.slow
 def test_changed_code_of_an_own_task_is_not_resumed(own: Any, launch: Any) -> None:
     """Its features may differ, and there is no version to raise."""
     launch(0, "train", own | {"stop_at_step": 2}, expect=75)

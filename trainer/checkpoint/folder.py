@@ -45,9 +45,14 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, save_model: Callable[[Path], None], optimizer: dict[str, torch.Tensor],
-    state: dict[str, Any], *, size: int, still_ours: Callable[[], None] = lambda: None,
-) -> Path:  # fmt: skip
+    folder: Path,
+    save_model: Callable[[Path], None],
+    optimizer: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    *,
+    size: int,
+    still_ours: Callable[[], None] = lambda: None,
+) -> Path:
     """Rank 0 only. Write the checkpoint of state["step"] into `folder`. An error leaves no partial files.
 
     save_model writes the files that from_pretrained reads; state goes to state.json. size: estimated bytes,

@@ -43,9 +43,15 @@ class SaveCheckpoint:
     """
 
     def __init__(
-        self, progress: Progress, folder: RunFolder, save_model: Callable[..., None],
-        config: CheckpointConfig, *, metric: str, metadata: dict[str, Any],
-    ) -> None:  # fmt: skip
+        self,
+        progress: Progress,
+        folder: RunFolder,
+        save_model: Callable[..., None],
+        config: CheckpointConfig,
+        *,
+        metric: str,
+        metadata: dict[str, Any],
+    ) -> None:
         """save_model(folder, weights=...). metric selects the best checkpoint. metadata: of the run."""
         self.progress, self.folder, self.save_model, self.config = progress, folder, save_model, config
         self.metric, self.metadata, self.world = metric, metadata, progress.world
@@ -124,10 +130,14 @@ class SaveCheckpoint:
         """Runs in the thread. On a full disk, delete the checkpoints this one replaces and retry once."""
         started, stop_time = time.perf_counter(), self.progress.stop_time
         write = partial(
-            checkpoints.save_checkpoint, self.folder.path / "checkpoints",
-            partial(self.save_model, weights=weights), optimizer, record,
-            size=size, still_ours=self.folder.still_ours,
-        )  # fmt: skip
+            checkpoints.save_checkpoint,
+            self.folder.path / "checkpoints",
+            partial(self.save_model, weights=weights),
+            optimizer,
+            record,
+            size=size,
+            still_ours=self.folder.still_ours,
+        )
         try:
             path = write()
         except OSError as error:

@@ -25,10 +25,14 @@ from plainloop.trainer.tasks.metrics import causalqa_scores, squad_scores
 
 # Options of evaluate that only some tasks use, and what train calls them.
 TASK_OPTION_OF = {
-    "max_length": "data.max_length", "stride": "data.stride", "text": "text", "rouge_bootstrap": "text",
-    "max_answer_length": "evaluation.max_answer_length", "null_threshold": "evaluation.null_threshold",
+    "max_length": "data.max_length",
+    "stride": "data.stride",
+    "text": "text",
+    "rouge_bootstrap": "text",
+    "max_answer_length": "evaluation.max_answer_length",
+    "null_threshold": "evaluation.null_threshold",
     "num_best": "evaluation.num_best",
-}  # fmt: skip
+}
 
 
 def score(config: ScoreConfig) -> dict[str, float] | None:
@@ -127,9 +131,14 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
             for line in (f"precision {precision}: {why}", *notes, *data.store.meta["report"]):
                 print(line, file=sys.stderr)
         settings = EvaluationSettings(
-            world, precision, config.tokens_per_device, run.evaluation, name=path,
-            folder=Path(config.out_dir) if config.out_dir else None, bootstrap=config.rouge_bootstrap,
-        )  # fmt: skip
+            world,
+            precision,
+            config.tokens_per_device,
+            run.evaluation,
+            name=path,
+            folder=Path(config.out_dir) if config.out_dir else None,
+            bootstrap=config.rouge_bootstrap,
+        )
         model = tasks.load_model(task, path, run, world, new_head=False)
         metrics = tasks.evaluate(task, model, data, settings)
     return metrics if world.is_main else None

@@ -76,9 +76,13 @@ def _from_hub(
         print(f"fetch: {kind} {name} at {str(info.sha)[:12]}, {len(wanted)} files -> {final}", flush=True)
         raw.mkdir(parents=True, exist_ok=True)
         snapshot_download(
-            name, repo_type=kind, revision=info.sha, local_dir=raw, allow_patterns=wanted,
+            name,
+            repo_type=kind,
+            revision=info.sha,
+            local_dir=raw,
+            allow_patterns=wanted,
             endpoint=constants.ENDPOINT,
-        )  # fmt: skip
+        )
     except errors.GatedRepoError:
         raise InputError(
             f"hub: {name} is gated: accept its terms on its page, then run `hf auth login`."

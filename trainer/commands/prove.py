@@ -53,13 +53,16 @@ class Prover:
             given["tokens_per_device"] = min(config.tokens_per_device or 1024, 1024)
         self.deterministic = device.type == "cpu" or config.deterministic
         self.config = dataclasses.replace(
-            TrainConfig(**given), device=cast(Any, device.type), max_steps=STEPS, epochs=1000,
+            TrainConfig(**given),
+            device=cast(Any, device.type),
+            max_steps=STEPS,
+            epochs=1000,
             stop_at_step=None,
             data=dataclasses.replace(config.data, dev=None, limit=64, cache_dir=str(scratch / "cache")),
             evaluation=dataclasses.replace(config.evaluation, best_metric="loss", early_stopping=0),
             checkpoint=dataclasses.replace(config.checkpoint, every_steps=0, allow_changes=[]),
             log=dataclasses.replace(config.log, every_steps=1, tensorboard=False),
-        )  # fmt: skip
+        )
 
     def run(self) -> Iterator[tuple[str, str, str]]:
         """Yield the results of the checks as they finish."""
@@ -136,8 +139,13 @@ class Prover:
             (f"{chosen}, {tokens} tokens, compiled", chosen, tokens, True),
         ]:
             model = dataclasses.replace(self.config.model, compile=compiled)
-            config = self._config("speed", precision=precision, tokens_per_device=size, model=model,
-                                  batch_size=max(self.config.batch_size, size // 64))  # fmt: skip
+            config = self._config(
+                "speed",
+                precision=precision,
+                tokens_per_device=size,
+                model=model,
+                batch_size=max(self.config.batch_size, size // 64),
+            )
             speeds[label] = launcher.measure(config, COMPILE_S)
         known = {label: speed for label, speed in speeds.items() if speed}
         shown = "; ".join(

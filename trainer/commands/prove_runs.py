@@ -35,9 +35,11 @@ class Launcher:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "plainloop.trainer.commands.prove_runs", str(self.scratch / "prove.log")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={n: v for n, v in os.environ.items() if n not in names} | {"HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,9 +89,10 @@ def serve(log: str) -> None:
         lines = Path(log).read_text(errors="replace").splitlines() if Path(log).exists() else []
         told = [text for text in lines if "plainloop: error: " in text] or lines[-1:] or ["no message"]
         answer = {
-            "codes": codes, "error": told[0].removeprefix("plainloop: error: ")[:300],
+            "codes": codes,
+            "error": told[0].removeprefix("plainloop: error: ")[:300],
             "result": result.read_text() if result.exists() else None,
-        }  # fmt: skip
+        }
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -122,9 +125,12 @@ def _fork(order: dict[str, Any], rank: int, port: int, log: str, result: str) ->
         os.dup2(descriptor, 2)
         if order["ranks"] > 1:
             os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(order["ranks"]),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(order["ranks"]),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
             torch.set_num_threads(1)
         if order["do"] == "train":
             code = _train(order["config"])

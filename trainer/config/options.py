@@ -10,9 +10,13 @@ from typing import Any, Literal
 
 
 def option(
-    default: Any, help_text: str, *, minimum: float | None = None, above: float | None = None,
+    default: Any,
+    help_text: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
     below: float | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Config field with its --help text and its range. A callable default is used as default_factory."""
     values = {"default_factory": default} if callable(default) else {"default": default}
     rules = {"minimum": minimum, "above": above, "below": below}

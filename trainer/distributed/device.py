@@ -37,8 +37,11 @@ def set_up_device(world: World, *, tf32: bool, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     if world.device.type != "cuda":
         return
-    require_kernels(torch.cuda.get_device_capability(world.device), torch.cuda.get_arch_list(),
-                    torch.cuda.get_device_name(world.device))  # fmt: skip
+    require_kernels(
+        torch.cuda.get_device_capability(world.device),
+        torch.cuda.get_arch_list(),
+        torch.cuda.get_device_name(world.device),
+    )
     torch.cuda.set_device(world.device)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     # cuDNN attention, the default on H100 and B200, builds a plan for each shape (20 ms or more each); a run

@@ -52,9 +52,16 @@ class Watchdog:
     """
 
     def __init__(
-        self, world: World, prefix: str, heartbeat: Heartbeat, run_dir: Path,
-        on_hang: Callable[[str, int], bool], *, first_s: float, then_s: float,
-    ) -> None:  # fmt: skip
+        self,
+        world: World,
+        prefix: str,
+        heartbeat: Heartbeat,
+        run_dir: Path,
+        on_hang: Callable[[str, int], bool],
+        *,
+        first_s: float,
+        then_s: float,
+    ) -> None:
         self.world, self.prefix, self.heartbeat = world, prefix, heartbeat
         self.on_hang = on_hang
         self.first_s, self.then_s = first_s, then_s
@@ -98,9 +105,14 @@ class Watchdog:
         here = self.heartbeat
         self._beats += 1
         record = {
-            "beats": self._beats, "step": here.step, "order": here.order, "doing": here.doing,
-            "ticks": here.ticks, "host": socket.gethostname(), "pid": os.getpid(),
-        }  # fmt: skip
+            "beats": self._beats,
+            "step": here.step,
+            "order": here.order,
+            "doing": here.doing,
+            "ticks": here.ticks,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
         if (store := self._store) is not None:
             self._ask(lambda: store.set(f"place/{self.world.rank}", json.dumps(record)))
 

@@ -147,9 +147,13 @@ def connect(world: World, *, timeout_s: float, may_host: bool = False) -> dist.S
     timeout_s = min(timeout_s, 60) if hosted else timeout_s  # the agent started us, so its store is up
     try:
         return dist.TCPStore(
-            address, int(port), is_master=may_host and not hosted and world.is_main, multi_tenant=True,
-            wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
-        )  # fmt: skip
+            address,
+            int(port),
+            is_master=may_host and not hosted and world.is_main,
+            multi_tenant=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise

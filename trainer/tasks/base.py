@@ -88,9 +88,14 @@ class Task(Protocol):
 
 
 def load_split(
-    task: Task, split: str, path: str | Sequence[str], config: TrainConfig, world: World, *,
+    task: Task,
+    split: str,
+    path: str | Sequence[str],
+    config: TrainConfig,
+    world: World,
+    *,
     limit: int | None = None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """All ranks, outside any process group: rank 0 tokenises into the cache, the others wait for it.
 
     limit: take this many examples, drawn once. Raises InputError.
@@ -124,9 +129,15 @@ def _store_name(task: Task, split: str, files: list[str], config: TrainConfig, l
     names = [n for n in task.feature_options if split != "train" or n not in FREE_ON_RESUME]
     own_code = [] if type(task).__module__.startswith("plainloop.") else [Path(inspect.getfile(type(task)))]
     key = stores.digest(
-        FEATURES_VERSION, type(task).__name__, tokenizer_description(task.tokenizer), split, limit,
-        {name: options[name] for name in names}, *map(Path, files), *own_code,
-    )  # fmt: skip
+        FEATURES_VERSION,
+        type(task).__name__,
+        tokenizer_description(task.tokenizer),
+        split,
+        limit,
+        {name: options[name] for name in names},
+        *map(Path, files),
+        *own_code,
+    )
     return f"{type(task).__name__.lower()}-{key}"
 
 

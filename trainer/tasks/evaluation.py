@@ -73,10 +73,16 @@ class Scores:
 
 
 def forward_rows(
-    model: nn.Module, store: Store, collate: Collate, loss_sum: LossSum, settings: EvaluationSettings, *,
-    rows: np.ndarray | None = None, name: str = "evaluate",
+    model: nn.Module,
+    store: Store,
+    collate: Collate,
+    loss_sum: LossSum,
+    settings: EvaluationSettings,
+    *,
+    rows: np.ndarray | None = None,
+    name: str = "evaluate",
     reduce: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]] | None = None,
-) -> tuple[float, dict[str, np.ndarray] | None]:  # fmt: skip
+) -> tuple[float, dict[str, np.ndarray] | None]:
     """All ranks. Run the model once on `rows` (ascending; default: all); return (loss, results or None).
 
     loss: sum of the losses divided by the number of targets. reduce(logits, rows): turns the fp32 logits of a
@@ -168,8 +174,9 @@ def halved(action: Callable[[np.ndarray], None], rows: np.ndarray) -> None:
     print(
         f"WARNING: an evaluation batch of {len(rows)} rows does not fit into memory; retrying with {middle}"
         f" and {len(rows) - middle}. Lower tokens_per_device for evaluations to avoid this.",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
     for half in (rows[:middle], rows[middle:]):
         halved(action, half)
 

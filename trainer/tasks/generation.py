@@ -16,10 +16,17 @@ from plainloop.trainer.tasks.evaluation import EvaluationSettings, gather_rows, 
 
 
 def generate_texts(
-    model: Seq2SeqModel, store: Store, collate: Collate, rows: np.ndarray, settings: EvaluationSettings, *,
-    decode: Callable[[np.ndarray], Sequence[str]], nulls: Collection[str], max_new_tokens: int,
+    model: Seq2SeqModel,
+    store: Store,
+    collate: Collate,
+    rows: np.ndarray,
+    settings: EvaluationSettings,
+    *,
+    decode: Callable[[np.ndarray], Sequence[str]],
+    nulls: Collection[str],
+    max_new_tokens: int,
     num_beams: int,
-) -> dict[int, str] | None:  # fmt: skip
+) -> dict[int, str] | None:
     """All ranks. Generate a text per example; rank 0 returns example -> text, the others None.
 
     Rows of similar length share a batch; no collective before the end. If an example has several windows, the

@@ -56,9 +56,12 @@ class SpanTask:
     def encode(self, examples: Sequence[Example], split: str) -> Encoded:
         data = self.config.data
         arrays = span_windows(
-            examples, self.tokenizer, max_length=data.max_length, stride=data.stride,
+            examples,
+            self.tokenizer,
+            max_length=data.max_length,
+            stride=data.stride,
             processes=tokenising_processes(self.config),
-        )  # fmt: skip
+        )
         answerable = np.array([bool(e.answers) for e in examples])
         found = np.zeros(len(examples), dtype=bool)
         found[arrays["example"][arrays["label"][:, 0] != arrays["cls"]]] = True

@@ -89,10 +89,13 @@ class TextTask:
         rows = row_of_each_target(examples) if training else examples
         windows = squad and not training  # an evaluation on SQuAD sees the whole context
         arrays = pair_rows(
-            rows, self.tokenizer, max_source_length=self.text.max_source_length,
-            max_target_length=self.text.max_target_length, stride=self.text.stride if windows else None,
+            rows,
+            self.tokenizer,
+            max_source_length=self.text.max_source_length,
+            max_target_length=self.text.max_target_length,
+            stride=self.text.stride if windows else None,
             processes=tokenising_processes(self.config),
-        )  # fmt: skip
+        )
         if training:
             owner = np.repeat(np.arange(len(examples), dtype=np.int32), [len(e.targets) for e in examples])
             arrays["example"] = owner[arrays["example"]]
@@ -132,10 +135,16 @@ class TextTask:
             return Scores({"loss": loss})
         nulls = self._nulls() if squad else set()
         texts = generate_texts(
-            network, store, collate, np.flatnonzero(np.isin(owner, chosen)), settings, decode=self._decode,
-            nulls=nulls, max_new_tokens=self.text.max_new_tokens or MAX_NEW_TOKENS[squad],
+            network,
+            store,
+            collate,
+            np.flatnonzero(np.isin(owner, chosen)),
+            settings,
+            decode=self._decode,
+            nulls=nulls,
+            max_new_tokens=self.text.max_new_tokens or MAX_NEW_TOKENS[squad],
             num_beams=self.text.num_beams,
-        )  # fmt: skip
+        )
         if texts is None:
             return Scores()
         examples = [dataset.examples[i] for i in chosen]
