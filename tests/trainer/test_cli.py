@@ -42,6 +42,14 @@ def test_help_is_fast_and_lists_the_commands() -> None:
     assert result.stdout.endswith("False\n")
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "fetch", "doctor", "demo"])
+def test_help_of_a_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"\nExample:\n    plainloop {command} --" in capsys.readouterr().out
+
+
 def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     import dataclasses
     import typing

@@ -10,7 +10,12 @@ from plainloop.trainer.config.options import TrainConfig, option
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(TrainConfig):
-    """Check that `plainloop train` with these options will run on this machine. Prints one line per check."""
+    """Check that `plainloop train` with these options will run on this machine. Prints one line per check.
+
+    Example:
+        plainloop doctor --config launch/recipes/roberta-squad2.yaml --run_dir runs/squad \\
+            --data.train train-v2.0.json
+    """
 
     hours: float | None = option(
         None, "the job's time limit in hours; default: that of the current job, if any"
@@ -37,7 +42,11 @@ class ScoreTextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Score a checkpoint or a predictions file offline, with the official SQuAD or CausalQA metrics."""
+    """Score a checkpoint or a predictions file offline, with the official SQuAD or CausalQA metrics.
+
+    Example:
+        plainloop evaluate --model runs/squad --data dev-v2.0.json --out_dir scores
+    """
 
     summary: list[str] | None = option(
         None, "no scoring: mean and standard deviation over these run (or --out_dir) folders of several seeds"
@@ -77,7 +86,11 @@ class ScoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train and evaluate on a small generated corpus with two processes: two to five minutes on two cores."""
+    """Train and evaluate on a small generated corpus with two processes: two to five minutes on two cores.
+
+    Example:
+        plainloop demo --task text
+    """
 
     task: Literal["span", "text"] = option("span", "text: a T5 with 0.7 M parameters, trained from scratch")
     run_dir: str = option("runs/demo", "run folder; an earlier demo in it is deleted")
@@ -87,7 +100,11 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
-    """Download what a run needs into folders for nodes without internet. Run this where there is internet."""
+    """Download what a run needs into folders for nodes without internet. Run this where there is internet.
+
+    Example:
+        plainloop fetch --model FacebookAI/roberta-base --dataset rajpurkar/squad_v2
+    """
 
     out_dir: str = option("fetched", "output folder; receives models/NAME, data/NAME/SPLIT, data/causalqa")
     model: str | None = option(None, "Hub name of the model and tokenizer, e.g. roberta-base or user/name")

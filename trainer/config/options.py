@@ -174,7 +174,12 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run. batch_size is global: split over ranks, and into micro-batches by tokens_per_device."""
+    """A run. batch_size is global: split over ranks, and into micro-batches by tokens_per_device.
+
+    Example:
+        plainloop train --config launch/recipes/roberta-squad2.yaml --run_dir runs/squad \\
+            --data.train train-v2.0.json --data.dev dev-v2.0.json
+    """
 
     run_dir: str = option("runs/default", "run folder; an existing run in it is resumed")
     task: str = option(

@@ -5,8 +5,10 @@ jsonargparse handles types and dotted names; the checks here name the file and t
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import inspect
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +42,10 @@ def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
 
     Raises a one-line InputError for an unknown, duplicate or ill-typed option; --help prints and exits.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+
+    class Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the lines of the description, which has an example."""
 
     names = option_names(kind)
     arguments = _spell_out_flags(arguments, names)
@@ -50,7 +55,9 @@ def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
             raise InputError(f"unknown option --{name}{_nearest(name, names)}")
         if name == "config" and argument.startswith("--"):
             _check_yaml(value or next(iter(arguments[i + 1 :]), ""), names)
-    parser = ArgumentParser(prog=program, description=kind.__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=program, description=inspect.getdoc(kind), exit_on_error=False, formatter_class=Help
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     _add_options(parser, kind)
     try:
