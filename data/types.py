@@ -1,4 +1,4 @@
-"""Shared types: what readers yield, what batches contain, and the error class for user mistakes."""
+"""Shared types: what readers yield, and what batches contain."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ Fine-tune question-answering models with a training loop you can read in one sit
 Multiple processes: torchrun --nproc-per-node 4 -m plainloop.trainer train ...
 All options of a command: plainloop COMMAND --help
 Exit codes: 0 done, 2 bad option or input, 70 NaN/Inf or a failed process, 74 the last checkpoint could not be
-written, 75 stopped with a checkpoint. torchrun turns nonzero codes into 1; RUN/status.json has the original.
+written, 75 stopped with a checkpoint, 130 interrupted without one. torchrun turns nonzero codes into 1;
+RUN/status.json has the original.
 """
 
 

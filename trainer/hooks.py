@@ -54,7 +54,7 @@ class Stop:
             state.stop = f"stop_at_step {self.at_step}"
 
     def agreed(self) -> bool:
-        """Call before each batch of long work between steps, equally often on all ranks."""
+        """Has any rank been asked to stop? Call before each evaluation batch, equally often on all ranks."""
         assert self._progress is not None
         self._progress.state.heartbeat.tick()
         stop_time, now = self._progress.stop_time, time.perf_counter()
@@ -88,7 +88,7 @@ class NonFinite:
 
 
 class LogLine:
-    """All ranks sum the loss; rank 0 writes the line. Waits for the device."""
+    """All ranks. Sum the loss over the ranks; rank 0 writes the line. Waits for the device."""
 
     def __init__(self, every: int, lr: Callable[[int], float], deadline: Deadline | None = None) -> None:
         self.every, self.lr, self.deadline = every, lr, deadline
@@ -204,7 +204,7 @@ class CompareRanks:
 
 
 def odd_ones(values: Sequence[int]) -> str:
-    """Name the ranks outside the majority; with two ranks there is none."""
+    """Name the ranks outside the majority; between two ranks there is no majority."""
     common = max(set(values), key=values.count)
     odd = [str(rank) for rank, value in enumerate(values) if value != common]
     return f"outside the majority: {', '.join(odd)}" if len(odd) < len(values) / 2 else "no majority"

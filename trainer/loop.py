@@ -1,4 +1,4 @@
-"""The loop. One optimizer step fits on a page: the only backward() and the only optimizer.step()."""
+"""The loop, and one optimizer step on a page. The only backward() of the package is in this file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fit(
 ) -> Verdict:
     """All ranks. Run the hooks at every step boundary, in order, including the first and the last one.
 
-    So the final evaluation and checkpoint are the last pass of the same loop, and a resumed run begins with
+    The last pass makes the final evaluation and checkpoint, and a resumed run begins with
     what was due when it was stopped.
     """
     state = progress.state
@@ -110,7 +110,7 @@ def add_gradients(state: TrainState, micro_batch: MicroBatch, weight: float, opt
 
 
 def allocate_optimizer_state(state: TrainState) -> None:
-    """Let the optimizer make its state in a step that it skips."""
+    """Make the optimizer allocate its state, in a step that changes no weight."""
     skip = torch.ones((), dtype=torch.bool, device=state.device)
     step_if_finite(state.optimizer, torch.amp.GradScaler(enabled=False), skip)
 
@@ -123,7 +123,7 @@ def clear_gradients(state: TrainState) -> None:
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """A 64-bit seed that depends on nothing else, so there is no generator state to save."""
+    """A 64-bit seed that depends only on the arguments, so there is no generator state to save."""
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
 
 

@@ -41,7 +41,7 @@ from plainloop.trainer.tasks.find import find_hooks, find_task
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. metrics: of the last evaluation. best: the best checkpoint so far, if any."""
+    """How a run ended. metrics: last evaluation, with its step. best: the best checkpoint so far, if any."""
 
     verdict: Verdict
     step: int
@@ -52,15 +52,15 @@ class Result:
 def train(config: TrainConfig, hooks: Sequence[Hook] = (), *, last: bool = False) -> Result:
     """All ranks. Train from scratch, or resume from the run folder's newest checkpoint, to the end or a stop.
 
-    hooks: of your own, called after those of the package. last: the process ends with this run, so ignore
-    signals once the outcome is saved. Raises InputError and RunError.
+    hooks: your own, called just before the save hook. last: the process ends with this run, so signals are
+    ignored once the outcome is saved. Raises InputError and RunError.
     """
     with ExitStack() as stack:
         stack.enter_context(handlers_restored(ignore=last))
 
-        # 1. Who and where. Rank 0 holds the run folder; nobody else may write there.
+        # 1. Who and where. Rank 0 locks the run folder, so that no other run writes there.
         task_type, own_hooks = find_task(config.task), [*find_hooks(config.hooks), *hooks]
-        validate(config, uses=task_type.uses)
+        validate(config, uses=task_type.uses, metric_names=task_type.metric_names)
         world, run_dir = world_from_env(config.device), Path(config.run_dir)
         log = Log(run_dir, enabled=world.is_main, tensorboard=config.log.tensorboard)
         folder = stack.enter_context(hold(run_dir, world.rank, log.say))
@@ -75,6 +75,7 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = (), *, last: bool = False
         # 3. Together from here on. A watchdog thread in each rank ends a run that hangs.
         heartbeat, longest_s = Heartbeat(), max(config.start_timeout_s, config.timeout_s)
         prefix = stack.enter_context(process_group(world, timeout_s=longest_s + 60))
+        folder.joined = True  # rank 0 has locked it: a rank that fails may leave its reason there
         watchdog = Watchdog(
             world, prefix, heartbeat, run_dir, folder.failed,
             first_s=config.start_timeout_s, then_s=config.timeout_s,
@@ -83,7 +84,6 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = (), *, last: bool = False
 
         # 4. Model, optimizer, and the checkpoint to resume from.
         set_up_device(world, tf32=config.tf32, deterministic=config.deterministic)
-        folder.joined = True
         config, state, metadata = start_or_resume(task, config, world, steps, data["train"], heartbeat, log)
         stop_time = StopTime.from_status(folder.before)
         progress = Progress(state, total_steps, steps.sampler.steps_per_epoch, log, world, stop_time)
@@ -91,7 +91,7 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = (), *, last: bool = False
             folder.status("running", step=state.step, began_at=state.step, total_steps=total_steps)
         report(config, progress, steps, data)
 
-        # 5. What happens between steps, in this order. Hooks of your own come last but one.
+        # 5. What happens between steps, in this order. Your own hooks run just before the save.
         lr, deadline = learning_rate(config.optim, total_steps), Deadline.from_env(stop_time)
         request = StopRequest(run_dir / "stop" if world.is_main else None)
         stop, batch_tokens = Stop(request, config.stop_at_step), config.evaluation.tokens_per_device
@@ -115,7 +115,7 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = (), *, last: bool = False
             save,
         ]
 
-        # 6. The loop. Until here a signal ends the program; now it asks for a stop with a checkpoint.
+        # 6. The loop. Once `request` is listening, a signal asks for a stop with a checkpoint.
         log.start(state.step, total_steps, {record["step"] for record in state.evaluations})
         max_norm = config.optim.max_grad_norm
         options = StepOptions(task.loss_sum, lr, world, config.seed, config.precision, max_norm)
@@ -145,8 +145,7 @@ def prepare_data(task: Task, config: TrainConfig, world: World) -> dict[str, Dat
     data = {"train": tasks.load_split(task, "train", config.data.train or "", config, world, limit=limit)}
     if config.data.dev:
         data["dev"] = tasks.load_split(task, "dev", config.data.dev, config, world)
-        if world.is_main:
-            tasks.require_metric(task, data["dev"], config.evaluation.best_metric)
+        tasks.require_metric(task, data["dev"], config.evaluation.best_metric)
     return data
 
 
@@ -154,7 +153,7 @@ def start_or_resume(
     task: Task, config: TrainConfig, world: World, steps: Steps, data: Dataset, heartbeat: Heartbeat, log: Log
 ) -> tuple[TrainConfig, TrainState, dict[str, Any]]:
     """All ranks. Return the config with its precision resolved, the state (of the newest good checkpoint, or
-    a fresh one), and what checkpoints record of the run. A new head depends only on the seed. InputError.
+    a fresh one), and what checkpoints record. A new head depends only on the seed. Raises InputError.
     """
     found = resume.find_checkpoint(Path(config.run_dir), world, log)
     precision, why = resolve_precision(

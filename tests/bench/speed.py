@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", help="folder or hub name of an encoder; default: the demo's MiniLM")
+    parser.add_argument("--variants", nargs="+", choices=list(STEPS), help="only these; default: all")
     parser.add_argument("--compiled", action="store_true", help="include compiled on a CPU (takes minutes)")
     parser.add_argument(
         "--tiny", action="store_true", help="smoke test: two steps of each variant on 40 questions"
@@ -243,6 +244,7 @@ def main() -> None:
     given = parser.parse_args()
     names = [n for n in STEPS if n != "b+" or given.device == "cpu"]
     names = [n for n in names if n != "compiled" or given.compiled or given.device == "cuda"]
+    names = given.variants or names
     with tempfile.TemporaryDirectory() as cache:
         where = {"cache": cache, "device": given.device, "model": given.model}
         where |= {"limit": 40} if given.tiny else {}

@@ -50,7 +50,7 @@ def test_unwritable_cache_folder_is_a_clear_error(tmp_path: Path) -> None:
 
 # The arrays of a fixed sample for each FEATURES_VERSION. If this fails, what the readers or the tokenisation
 # produce has changed: raise FEATURES_VERSION in data/store.py and add the new digest here.
-DIGESTS = {1: "023bb900a5e1ebec"}
+DIGESTS = {1: "e78b4d2fd5bdd10e"}
 CONTEXT = (
     "Ada Holm built the stone bridge of Fernbay in 1702. Few of the letters have survived. It was moved."
 )
@@ -58,7 +58,7 @@ CONTEXT = (
 
 def test_changed_features_need_a_new_version(tmp_path: Path) -> None:
     """Real readers and tokenisation, with a tokenizer that is kept in the repository."""
-    from plainloop.data.readers.causalqa import TextOptions, read_text
+    from plainloop.data.readers.causalqa import TextOptions, read_text, row_of_each_target
     from plainloop.data.readers.squad import read_squad
     from plainloop.data.span_features import span_windows
     from plainloop.data.text_features import pair_rows
@@ -81,10 +81,13 @@ def test_changed_features_need_a_new_version(tmp_path: Path) -> None:
     spans = span_windows(read_squad(tmp_path / "squad.json"), tokenizer, max_length=64, stride=16)
     texts = [
         pair_rows(
-            read_text([str(tmp_path / name)], TextOptions(target="most_frequent")), tokenizer,
-            max_source_length=64, max_target_length=4, stride=stride,
+            row_of_each_target(read_text([str(tmp_path / name)], TextOptions(target=target, format=form))),
+            tokenizer, max_source_length=64, max_target_length=4, stride=stride,
         )
-        for name, stride in (("squad.json", 8), ("causal.csv", None))
+        for name, stride, target, form in (
+            ("squad.json", 8, "first", "t5"), ("squad.json", None, "most_frequent", "unifiedqa"),
+            ("causal.csv", None, "each", "t5"),
+        )
     ]  # fmt: skip
     running = hashlib.sha256()
     for arrays in (spans, *texts):

@@ -34,6 +34,7 @@ def own(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "def needs_two(progress, more):\n    pass\n"
         "class NotATask:\n    pass\n"
     )
+    (tmp_path / "broken.py").write_text("import json\njson.no_such_name\n")
     options.pop("data.stride")
     return options | {
         "task": "answerable:Answerable", "data.dev": options["data.train"], "max_steps": 6,
@@ -58,13 +59,19 @@ def test_two_ranks_resume_and_evaluate_every_example_once(
     assert_same_bits(tensors(own["run_dir"], 6), tensors(tmp_path / "halves", 6))
     found = json.loads((Path(own["run_dir"]) / "evaluation/predictions.json").read_text())
     assert len(found) == 120 and set(found.values()) <= {True, False}
-    scoring = {"model": own["run_dir"], "data": own["data.train"], "precision": "fp32", "out_dir": "scores"}
+    scoring = {
+        "task": own["task"], "model": own["run_dir"], "data": own["data.train"], "precision": "fp32",
+        "out_dir": "scores",
+    }  # fmt: skip
     scored = json.loads(launch(2, "evaluate", scoring | {"max_length": 96}).stdout)
     recorded = {record["step"]: record for record in metrics(own["run_dir"], "evaluation")}
     best = int((Path(own["run_dir"]) / "best").resolve().name.rpartition("-")[2])
     assert scored["accuracy"] == recorded[best]["accuracy"]
     assert scored["loss"] == pytest.approx(recorded[best]["loss"], rel=1e-5)
-    error = launch(0, "evaluate", scoring | {"num_best": 5}, expect=2).stderr
+    del scoring["task"]  # a checkpoint may be of anybody: its code is not run unasked
+    error = launch(0, "evaluate", scoring, expect=2).stderr
+    assert "was trained with a task of your own; name it: --task answerable:Answerable" in error
+    error = launch(0, "evaluate", scoring | {"task": own["task"], "num_best": 5}, expect=2).stderr
     assert "--num_best: no effect with task answerable:Answerable" in error
 
 
@@ -119,6 +126,8 @@ def test_two_runs_in_one_process_with_hooks(own: Any, tensors: Any, assert_same_
         ("my_hooks:Missing", "my_hooks has no Missing"),
         ("my_hooks:NotATask", "has no files, read, metrics"),
         ("my_hooks:", "must be module:name"),
+        ("my_hooks:shout", "must be a class"),
+        ("broken:Task", "importing broken failed: AttributeError: .* in .*broken.py:2"),
     ],
 )
 def test_task_that_cannot_be_used_is_a_clear_error(own: Any, name: str, message: str) -> None:
@@ -129,8 +138,14 @@ def test_task_that_cannot_be_used_is_a_clear_error(own: Any, name: str, message:
 def test_task_with_other_arguments_is_a_clear_error(own: Any) -> None:
     source = Path("answerable.py").read_text()
     Path("changed.py").write_text(source.replace("def read(self, files:", "def read(self, paths:"))
-    with pytest.raises(InputError, match=r"read takes \(self, paths\), but must take \(self, files\)"):
+    with pytest.raises(InputError, match=r"read takes \(paths\), but must take \(files\)"):
         find_task("changed:Answerable")
+    Path("odd.py").write_text(source.replace('] = ("data.max_length",)', '] = ("data.maximum",)'))
+    with pytest.raises(InputError, match="uses names data.maximum, which is no such option"):
+        find_task("odd:Answerable")
+    Path("bare.py").write_text(source.replace("self.tokenizer = load_tokenizer(config.model.path)", "pass"))
+    with pytest.raises(InputError, match="task bare:Answerable: __init__ must set self.tokenizer"):
+        train(config_of(own | {"task": "bare:Answerable"}))
 
 
 def test_hook_that_cannot_be_called_is_a_clear_error(own: Any) -> None:

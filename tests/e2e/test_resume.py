@@ -91,6 +91,7 @@ def test_another_world_size_sees_the_same_batches(
     assert worst < 1e-5
 
 
+@pytest.mark.slow
 def test_resume_after_a_signal_to_torchrun_is_bitwise_identical(
     options: Any, launch: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ class Answerable:
     """See plainloop.trainer.tasks.base.Task. One row per question; a long context is truncated."""
 
     uses: ClassVar[tuple[str, ...]] = ("data.max_length",)
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     feature_options: ClassVar[tuple[str, ...]] = ("data.max_length",)
 
     def __init__(self, config: TrainConfig) -> None:
@@ -56,8 +57,8 @@ class Answerable:
     def read(self, files: list[str]) -> list[Example]:
         return read_squad(files[0])
 
-    def metrics(self, examples: Sequence[Example]) -> list[str]:
-        return ["accuracy", "loss"] if examples else []
+    def metrics(self, store: Store) -> list[str]:
+        return list(self.metric_names) if len(store) else []
 
     def encode(self, examples: Sequence[Example], split: str) -> Encoded:
         pairs = [e.question for e in examples], [e.context for e in examples]
@@ -72,7 +73,7 @@ class Answerable:
             "label": np.array([[bool(e.answers)] for e in examples], dtype=np.int32),
         }
         full = int((arrays["length"] == self.max_length).sum())
-        return Encoded(arrays, [f"{len(ids)} questions to {split} on, {full} as long as data.max_length"])
+        return Encoded(arrays, [f"{len(ids)} {split} questions, {full} as long as data.max_length"])
 
     def collate(self, store: Store) -> EncoderCollate:
         segments, pad = "token_type_ids" in self.tokenizer.model_input_names, self.tokenizer.pad_token_id

@@ -61,9 +61,11 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
 
 
 def test_all_invalid_values_are_reported_at_once() -> None:
+    config = parsed("--batch_size", "0", "--optim.lr", "-1", "--checkpoint.every_steps", "-5")
     with pytest.raises(InputError) as caught:
-        validate(parsed("--batch_size", "0", "--optim.lr", "-1", "--checkpoint.every_steps", "-5"), uses=())
-    for name in ("data.train", "batch_size is 0", "optim.lr is -1", "checkpoint.every_steps is -5"):
+        validate(config, uses=(), metric_names=("loss",))
+    faults = ("data.train", "batch_size is 0", "optim.lr is -1", "checkpoint.every_steps is -5")
+    for name in (*faults, "evaluation.best_metric is f1, but must be one of loss"):
         assert name in str(caught.value)
 
 
@@ -83,4 +85,5 @@ def test_the_recipes_are_valid() -> None:
     assert len(recipes) >= 2
     for recipe in recipes:
         config = parsed("--config", str(recipe), "--data.train", "x.json")
-        validate(config, uses=find_task(config.task).uses)
+        task = find_task(config.task)
+        validate(config, uses=task.uses, metric_names=task.metric_names)

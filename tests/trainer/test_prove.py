@@ -41,6 +41,7 @@ def test_the_text_task(doctor: Any, text_options: dict[str, Any]) -> None:
     assert result.stdout.count("bitwise identical") == 2 and "relative difference" in result.stdout
 
 
+@pytest.mark.slow
 def test_nondeterminism_is_detected(doctor: Any, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(PLANTED)
     result = doctor(PYTHONPATH=str(tmp_path))

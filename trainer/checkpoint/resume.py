@@ -88,11 +88,16 @@ def guarantee(found: Checkpoint, config: TrainConfig, metadata: dict[str, Any]) 
     old, new = (flatten(c) for c in (found.state["config"], asdict(config)))
     options = ("model.compile", "model.activation_checkpointing", "data.num_widths")
     changed += [name for name in options if old.get(name, new[name]) != new[name]]
+    if found.state["fingerprint"] is None:
+        return (
+            "the same rows in the same order; an earlier version wrote this, so their content is not compared"
+        )
     if changed:
         return f"the same data and schedule, different rounding: {'; '.join(changed)}"
     if now["threads"] is None and not now["deterministic"]:
         return "the same data and schedule; on a GPU, --deterministic true gives the same bits"
-    return "the same bits as a run that never stopped"
+    hooks = "; hooks of your own are created anew" if config.hooks else ""
+    return f"the same bits as a run that never stopped{hooks}"
 
 
 def _changes(

@@ -90,7 +90,8 @@ class Doctor:
         return int(self.failed)
 
     def options(self) -> str:
-        validate(self.config, uses=find_task(self.config.task).uses)
+        task = find_task(self.config.task)
+        validate(self.config, uses=task.uses, metric_names=task.metric_names)
         find_hooks(self.config.hooks)
         return f"task {self.config.task}, {self.config.batch_size} rows per step"
 

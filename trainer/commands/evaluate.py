@@ -6,19 +6,15 @@ import dataclasses
 import json
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from plainloop.data.readers.causalqa import TextOptions, data_files, is_squad, read_text
 from plainloop.data.readers.squad import read_json, read_squad
 from plainloop.trainer.config.command_options import ScoreConfig, ScoreTextConfig
-from plainloop.trainer.config.options import (
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    TextConfig,
-    TrainConfig,
-)
+from plainloop.trainer.config.options import TextConfig, TrainConfig
+from plainloop.trainer.config.parse import from_dict
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.tasks.metrics import causalqa_scores, squad_scores
@@ -120,7 +116,7 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
         require_writable(Path(config.out_dir))
     task = task_type(run)
     data = tasks.load_split(task, "dev", config.data or "", run, world)
-    if config.rouge_bootstrap and world.is_main and "rougeL_f1" not in task.metrics(data.examples):
+    if config.rouge_bootstrap and "rougeL_f1" not in task.metrics(data.store):
         raise InputError("--rouge_bootstrap is for CausalQA; this is SQuAD data.")
     with process_group(world, timeout_s=config.timeout_s):
         set_up_device(world, tf32=config.tf32, deterministic=False)
@@ -145,26 +141,33 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
 
 
 def as_trained(path: str, config: ScoreConfig) -> TrainConfig:
-    """The config to evaluate the model with: as it was trained, unless `config` says otherwise."""
+    """The config to evaluate the model with: as it was trained, unless `config` says otherwise.
+
+    Raises InputError for a task outside this package that the user has not named: its code would be run, and
+    anybody may have written the checkpoint.
+    """
     from plainloop.models.load import load_config
 
     trained = trained_with(path)
-    windows = trained.get("data", {})
-    return TrainConfig(
-        task=trained.get("task") or ("text" if load_config(path).is_encoder_decoder else "span"),
-        model=ModelConfig(path=path),
-        data=DataConfig(
-            max_length=config.max_length or windows.get("max_length", 384),
-            stride=windows.get("stride", 128) if config.stride is None else config.stride,
-            cache_dir=config.cache_dir,
+    recorded = trained.get("task") or ("text" if load_config(path).is_encoder_decoder else "span")
+    if ":" in recorded and config.task is None:
+        raise InputError(f"{path}: was trained with a task of your own; name it: --task {recorded}.")
+    base = from_dict(TrainConfig, trained)
+    chosen = {"max_length": config.max_length, "stride": config.stride}
+    return replace(
+        base,
+        task=config.task or recorded,
+        model=replace(base.model, path=path, compile=False, activation_checkpointing=False),
+        data=replace(
+            base.data, train=None, dev=None, limit=None, cache_dir=config.cache_dir,
+            **{name: value for name, value in chosen.items() if value is not None},
         ),
         text=merged(trained.get("text", {}), config.text),
-        evaluation=EvaluationConfig(
-            max_answer_length=config.max_answer_length,
-            null_threshold=config.null_threshold,
-            num_best=config.num_best,
+        evaluation=replace(
+            base.evaluation, max_answer_length=config.max_answer_length,
+            null_threshold=config.null_threshold, num_best=config.num_best,
         ),
-    )
+    )  # fmt: skip
 
 
 def require_writable(folder: Path) -> None:

@@ -251,4 +251,6 @@ def fault_of(folder: Path) -> str | None:
     Raises OSError.
     """
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return next(filter(None, (file_fault(folder / name, name, files[name]) for name in files)), None)
+    return next(
+        filter(None, (file_fault(folder / name, name, files[name], links=True) for name in files)), None
+    )

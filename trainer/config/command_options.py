@@ -49,18 +49,22 @@ class ScoreConfig:
     """
 
     summary: list[str] | None = option(
-        None, "no scoring: mean and standard deviation over these run (or --out_dir) folders of several seeds"
+        None, "score nothing; print mean and standard deviation over these run folders (or --out_dir folders)"
     )
     data: list[str] | str | None = option(
         None, "SQuAD JSON, or a folder saved by `datasets`; text models: also CausalQA CSV, JSONL or folder"
     )
     model: str | None = option(None, "checkpoint folder, run folder (uses its best checkpoint), or Hub name")
+    task: str | None = option(
+        None,
+        "of the model; default: as it was trained. A task of your own must be named here: its code is run",
+    )
     predictions: str | None = option(
         None, "score this file instead of a model: {id: text}, or for CausalQA a list of texts in row order"
     )
     null_odds: str | None = option(None, "file {id: score} to go with predictions, for the best_* metrics")
     strict: bool = option(False, "treat an id without a prediction as an error, not as an empty prediction")
-    out_dir: str | None = option(None, "folder for predictions.json, null_odds.json, nbest_..., metrics.json")
+    out_dir: str | None = option(None, "output folder for metrics.json and the files with the predictions")
     max_length: int | None = option(None, "tokens per window; default: as in training, else 384")
     stride: int | None = option(
         None, "overlap of neighbouring windows, in tokens; default: as in training, else 128"
@@ -86,7 +90,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train and evaluate on a small generated corpus with two processes: two to five minutes on two cores.
+    """Train and evaluate on a small generated corpus with two processes: one to five minutes on two cores.
 
     Example:
         plainloop demo --task text

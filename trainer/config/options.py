@@ -38,7 +38,7 @@ class ModelConfig:
         False, "recompute activations in the backward pass: less memory, a third slower"
     )
     compile: bool = option(
-        False, "use torch.compile: the first start takes minutes, then faster on a GPU (see data.num_widths)"
+        False, "use torch.compile: minutes to compile at the first start; for GPUs (see data.num_widths)"
     )
 
 
@@ -95,7 +95,7 @@ class TextConfig:
     )
     max_target_length: int = option(100, "target tokens, in training", minimum=1)
     stride: int = option(
-        128, "SQuAD evaluation: overlap, in tokens, of the windows of a too long context", minimum=0
+        128, "SQuAD evaluation: overlap, in tokens, of the windows of a long context", minimum=0
     )
     label_smoothing: float = option(
         0.0, "label smoothing in training, over target tokens only", minimum=0, below=1
@@ -127,7 +127,7 @@ class OptimConfig:
     )
     eps: float = option(1e-8, "added to AdamW's denominator", above=0)
     max_grad_norm: float = option(1.0, "clip gradients to this norm; 0: no clipping", minimum=0)
-    max_nonfinite_steps: int = option(10, "abort after this many NaN or Inf steps in a row", minimum=0)
+    max_nonfinite_steps: int = option(10, "abort after this many NaN/Inf steps in a row; 0: never", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run. batch_size is global: split over ranks, and into micro-batches by tokens_per_device.
+    """Train, or resume the run in run_dir. batch_size is global: it is split over ranks and micro-batches.
 
     Example:
         plainloop train --config launch/recipes/roberta-squad2.yaml --run_dir runs/squad \\
@@ -211,7 +211,7 @@ class TrainConfig:
     )
     tf32: bool = option(True, "with fp32 on a GPU: multiply matrices in TF32, several times as fast")
     deterministic: bool = option(
-        False, "on a GPU: use only bitwise deterministic algorithms, about 2 % slower"
+        False, "on a GPU: use only bitwise deterministic algorithms, which are slower"
     )
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto: a GPU if there is one")
     start_timeout_s: int = option(

@@ -29,14 +29,19 @@ TASK_OPTIONS = (
 )  # fmt: skip
 
 
-def validate(config: TrainConfig, *, uses: Collection[str]) -> None:
-    """Raise one InputError that lists all invalid values. uses: the entries of TASK_OPTIONS that matter."""
+def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collection[str]) -> None:
+    """Raise one InputError that lists all invalid values.
+
+    uses, metric_names: of the task; the entries of TASK_OPTIONS that matter, and what best_metric may be.
+    """
     faults = [] if config.data.train else ["data.train is None, but must be a file or a folder"]
     faults += range_faults(config)
     unused = [name for name in TASK_OPTIONS if name not in uses]
     faults += _without_effect(config, unused, f"task {config.task}")
     if config.optim.name == "adafactor":
         faults += _without_effect(config, ["optim.betas", "optim.eps"], "adafactor")
+    if (metric := config.evaluation.best_metric) not in metric_names:
+        faults.append(f"evaluation.best_metric is {metric}, but must be one of {', '.join(metric_names)}")
     if config.evaluation.early_stopping and not config.data.dev:
         faults.append("evaluation.early_stopping needs data.dev")
     if faults:

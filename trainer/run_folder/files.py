@@ -24,10 +24,12 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def file_fault(path: Path, name: str, expected: dict[str, Any]) -> str | None:
-    """How a file differs from its manifest entry, or None. Raises OSError."""
-    if path.is_symlink() or not path.is_file():
-        return f"{name} is {'a symbolic link' if path.is_symlink() else 'missing'}"
+def file_fault(path: Path, name: str, expected: dict[str, Any], *, links: bool = False) -> str | None:
+    """How a file differs from its manifest entry, or None. links: it may be a link. Raises OSError."""
+    if path.is_symlink() and not links:
+        return f"{name} is a symbolic link"
+    if not path.is_file():
+        return f"{name} is missing"
     if path.stat().st_size != expected["size"]:
         return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
     if sha256(path) != expected["sha256"]:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,20 +57,21 @@ class Task(Protocol):
     __init__ loads the tokenizer and raises InputError if it does not suit.
     """
 
-    uses: ClassVar[tuple[str, ...]]  # of the options that only some tasks use (config.validate.TASK_OPTIONS)
+    uses: ClassVar[tuple[str, ...]]  # those of config.validate.TASK_OPTIONS that this task uses
+    metric_names: ClassVar[tuple[str, ...]]  # of all that `evaluate` may return
     feature_options: ClassVar[tuple[str, ...]]  # dotted names of the options that `encode` depends on
     tokenizer: Any
 
     def __init__(self, config: TrainConfig) -> None: ...
 
     def files(self, path: str | Sequence[str], split: str) -> list[str]:
-        """Resolve data.train or data.dev to files (or folders). split: "train" or "dev". InputError."""
+        """Resolve data.train or data.dev to files or folders. split: "train" or "dev". Raises InputError."""
 
     def read(self, files: list[str]) -> list[Any]:
         """Read the examples, each with an `id`. Raises InputError for a bad record."""
 
-    def metrics(self, examples: Sequence[Any]) -> list[str]:
-        """Names of the metrics that `evaluate` gives for these examples."""
+    def metrics(self, store: Store) -> list[str]:
+        """Those of metric_names that `evaluate` returns for this data."""
 
     def encode(self, examples: Sequence[Any], split: str) -> Encoded:
         """Tokenise. Rows of one example are adjacent; array `example` holds its index."""
@@ -84,7 +86,7 @@ class Task(Protocol):
         """Sum of the losses of a micro-batch, an fp32 scalar. A label of -100 counts for nothing."""
 
     def evaluate(self, model: nn.Module, dataset: Dataset, settings: EvaluationSettings) -> Scores:
-        """All ranks. Score every example once; other ranks return empty Scores. Raises Interrupted."""
+        """All ranks. Score every example once; only rank 0's Scores are not empty. Raises Interrupted."""
 
 
 def load_split(
@@ -98,8 +100,10 @@ def load_split(
 ) -> Dataset:
     """All ranks, outside any process group: rank 0 tokenises into the cache, the others wait for it.
 
-    limit: take this many examples, drawn once. Raises InputError.
+    limit: use a random subset of this size, the same for every seed. Raises InputError.
     """
+    if not hasattr(task, "tokenizer"):
+        raise InputError(f"task {config.task}: __init__ must set self.tokenizer.")
     files = task.files(path, split)
     folder = stores.cache_folder(config.data.cache_dir) / _store_name(task, split, files, config, limit)
     if not world.is_main:
@@ -118,16 +122,16 @@ def load_split(
 
 
 def require_metric(task: Task, dataset: Dataset, name: str) -> None:
-    """Rank 0 only. Raise InputError if an evaluation of this data does not give evaluation.best_metric."""
-    if name not in (names := task.metrics(dataset.examples)):
+    """All ranks. Raise InputError if an evaluation of this data does not give evaluation.best_metric."""
+    if name not in (names := task.metrics(dataset.store)):
         raise InputError(f"evaluation.best_metric {name}: this data gives {', '.join(names)}.")
 
 
 def _store_name(task: Task, split: str, files: list[str], config: TrainConfig, limit: int | None) -> str:
-    """Names everything that the features depend on. Of split train it is the run's fingerprint."""
+    """A name that covers all that the features depend on. For split train, the run's fingerprint."""
     options = flatten(dataclasses.asdict(config))
-    names = [n for n in task.feature_options if split != "train" or n not in FREE_ON_RESUME]
-    own_code = [] if type(task).__module__.startswith("plainloop.") else [Path(inspect.getfile(type(task)))]
+    names = [n for n in options if n in task.feature_options or n.partition(".")[0] in task.feature_options]
+    names = [n for n in names if split != "train" or n not in FREE_ON_RESUME]
     key = stores.digest(
         FEATURES_VERSION,
         type(task).__name__,
@@ -136,13 +140,20 @@ def _store_name(task: Task, split: str, files: list[str], config: TrainConfig, l
         limit,
         {name: options[name] for name in names},
         *map(Path, files),
-        *own_code,
+        *own_code(type(task)),
     )
     return f"{type(task).__name__.lower()}-{key}"
 
 
+def own_code(task_type: type) -> list[Path]:
+    """Source files of a task's classes outside this package. What else they import is not known."""
+    modules = {cls.__module__: cls for cls in task_type.__mro__}
+    outside = [m for m in modules if m.partition(".")[0] not in {*sys.stdlib_module_names, "plainloop"}]
+    return [Path(inspect.getfile(modules[name])) for name in sorted(outside)]
+
+
 def tokenizer_description(tokenizer: Any) -> dict[str, Any]:
-    """What token ids depend on, JSON-serialisable, without settings that using a tokenizer leaves in it."""
+    """What token ids depend on, JSON-serialisable; without truncation and padding, which each call sets."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

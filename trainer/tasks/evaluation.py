@@ -40,7 +40,7 @@ class EvaluationSettings:
     """How to evaluate.
 
     max_tokens: padded tokens per batch. options: `evaluation.*`. name: what is evaluated, for the files.
-    folder: gets the files; None: none. should_stop: called by all ranks before each batch, with the same
+    folder: of the files; None: write none. should_stop: called by all ranks before each batch, with the same
     answer on all. training: the evaluation may take a subset. bootstrap: ROUGE-L as published for CausalQA.
     """
 
@@ -63,7 +63,7 @@ class Scores:
     files: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write the files, and metrics.json. A failure costs the files, not the scores."""
+        """Write the files, and metrics.json. An I/O error is only a warning, since the scores are known."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in {**self.files, "metrics.json": self.metrics}.items():
@@ -122,7 +122,9 @@ def gather_rows(parts: Sequence[dict[str, np.ndarray]], rows: np.ndarray) -> dic
     if everyone is None:
         return None
     filled = [arrays for arrays in everyone if arrays]  # a rank without micro-batches has none
-    joined = {name: np.concatenate([arrays[name] for arrays in filled]) for name in filled[0]}
+    joined = filled[0]
+    if len(filled) > 1:
+        joined = {name: np.concatenate([arrays[name] for arrays in filled]) for name in joined}
     order = np.argsort(joined["row"], kind="stable")
     if not np.array_equal(joined["row"][order], rows):
         raise AssertionError(f"evaluated {len(joined['row'])} rows, expected each of {len(rows)} once")

@@ -18,6 +18,8 @@ from plainloop.data.types import Example
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 ROUGE_FIELDS = {"precision": "precision", "recall": "recall", "f1": "fmeasure"}  # ours -> rouge_score's
+SQUAD_METRICS = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1")
+CAUSALQA_METRICS = ("f1", "em", *(f"rougeL_{name}" for name in ROUGE_FIELDS))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -43,11 +45,15 @@ def token_f1(gold: str, predicted: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def squad_metrics(examples: Sequence[Example]) -> list[str]:
-    """Names of what `squad_scores` computes for these examples, without the thresholds."""
-    kinds = [("HasAns_", any(e.answers for e in examples)), ("NoAns_", not all(e.answers for e in examples))]
-    prefixes = ["", *(prefix for prefix, present in kinds if present)]
-    return [f"{prefix}{name}" for prefix in prefixes for name in ("exact", "f1", "total")]
+def question_counts(examples: Sequence[Example]) -> dict[str, int]:
+    """How many questions are answerable, and how many are not."""
+    answerable = sum(bool(example.answers) for example in examples)
+    return {"HasAns": answerable, "NoAns": len(examples) - answerable}
+
+
+def squad_metrics(counts: Mapping[str, int]) -> list[str]:
+    """Those of SQUAD_METRICS that `squad_scores` computes for so many questions of each kind."""
+    return [name for name in SQUAD_METRICS if counts.get(name.partition("_")[0], 1)]
 
 
 def squad_scores(
@@ -120,11 +126,6 @@ def _best(
         if current > best:
             best, threshold = current, score_diff.get(i, 0.0)
     return 100.0 * best / len(answerable), threshold
-
-
-def causalqa_metrics() -> list[str]:
-    """Names of what `causalqa_scores` computes."""
-    return ["f1", "em", *(f"rougeL_{name}" for name in ROUGE_FIELDS)]
 
 
 def causalqa_scores(

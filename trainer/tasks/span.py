@@ -21,7 +21,7 @@ from plainloop.trainer.config.options import EvaluationConfig, TrainConfig
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.tasks.base import Dataset, Encoded, tokenising_processes
 from plainloop.trainer.tasks.evaluation import EvaluationSettings, Scores, forward_rows
-from plainloop.trainer.tasks.metrics import squad_metrics, squad_scores
+from plainloop.trainer.tasks.metrics import SQUAD_METRICS, question_counts, squad_metrics, squad_scores
 
 
 class SpanTask:
@@ -31,6 +31,7 @@ class SpanTask:
         "model.attention_dropout", "data.max_length", "data.stride", "evaluation.max_answer_length",
         "evaluation.null_threshold", "evaluation.num_best",
     )  # fmt: skip
+    metric_names: ClassVar[tuple[str, ...]] = (*SQUAD_METRICS, "best_exact", "best_f1", "loss")
     feature_options: ClassVar[tuple[str, ...]] = ("data.max_length", "data.stride")
 
     def __init__(self, config: TrainConfig) -> None:
@@ -42,7 +43,7 @@ class SpanTask:
 
     def files(self, path: str | Sequence[str], split: str) -> list[str]:
         if not isinstance(path, str):
-            raise InputError(f"data.{split}: task span takes one file or folder, not {', '.join(path)}.")
+            raise InputError(f"{', '.join(path)}: task span takes one {split} file or folder.")
         if not Path(path).exists():
             raise InputError(f"{path}: no such file. Give a SQuAD JSON file or a folder saved by datasets.")
         return [path]
@@ -50,8 +51,8 @@ class SpanTask:
     def read(self, files: list[str]) -> list[Example]:
         return read_squad(files[0])
 
-    def metrics(self, examples: Sequence[Example]) -> list[str]:
-        return [*squad_metrics(examples), "best_exact", "best_f1", "loss"]
+    def metrics(self, store: Store) -> list[str]:
+        return [*squad_metrics(store.meta["questions"]), "best_exact", "best_f1", "loss"]
 
     def encode(self, examples: Sequence[Example], split: str) -> Encoded:
         data = self.config.data
@@ -75,7 +76,7 @@ class SpanTask:
             report.append(f"warning: {cut} answers do not fit into any window and count as no answer{where}")
         if capped:
             report.append(f"warning: {capped} questions are too long for a window and were truncated")
-        return Encoded(arrays, report)
+        return Encoded(arrays, report, {"questions": question_counts(examples)})
 
     def collate(self, store: Store) -> EncoderCollate:
         segments = "token_type_ids" in self.tokenizer.model_input_names

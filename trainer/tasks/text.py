@@ -34,7 +34,14 @@ from plainloop.trainer.errors import InputError
 from plainloop.trainer.tasks.base import Dataset, Encoded, tokenising_processes
 from plainloop.trainer.tasks.evaluation import EvaluationSettings, Scores, forward_rows
 from plainloop.trainer.tasks.generation import generate_texts
-from plainloop.trainer.tasks.metrics import causalqa_metrics, causalqa_scores, squad_metrics, squad_scores
+from plainloop.trainer.tasks.metrics import (
+    CAUSALQA_METRICS,
+    SQUAD_METRICS,
+    causalqa_scores,
+    question_counts,
+    squad_metrics,
+    squad_scores,
+)
 
 MAX_NEW_TOKENS = {True: 32, False: 100}  # SQuAD's answers are short
 
@@ -43,6 +50,7 @@ class TextTask:
     """See base.Task."""
 
     uses: ClassVar[tuple[str, ...]] = ("text",)
+    metric_names: ClassVar[tuple[str, ...]] = (*SQUAD_METRICS, *CAUSALQA_METRICS, "loss")
     feature_options: ClassVar[tuple[str, ...]] = (
         "text.format", "text.null_target", "text.target", "text.target_column", "text.max_source_length",
         "text.max_target_length", "text.stride",
@@ -80,9 +88,9 @@ class TextTask:
     def read(self, files: list[str]) -> list[TextExample]:
         return read_text(files, self.options)
 
-    def metrics(self, examples: Sequence[TextExample]) -> list[str]:
-        names = squad_metrics(_as_squad(examples)) if examples[0].is_squad else causalqa_metrics()
-        return [*names, "loss"]
+    def metrics(self, store: Store) -> list[str]:
+        squad = store.meta["is_squad"]
+        return [*(squad_metrics(store.meta["questions"]) if squad else CAUSALQA_METRICS), "loss"]
 
     def encode(self, examples: Sequence[TextExample], split: str) -> Encoded:
         training, squad = split == "train", examples[0].is_squad
@@ -113,7 +121,8 @@ class TextTask:
             report.append(
                 f"warning: {target_cut} targets are longer than text.max_target_length and were truncated"
             )
-        return Encoded(arrays, report, {"is_squad": squad})
+        questions = question_counts(_as_squad(examples))
+        return Encoded(arrays, report, {"is_squad": squad, "questions": questions})
 
     def collate(self, store: Store) -> TextCollate:
         limit = source_limit(self.network_config)
