@@ -38,7 +38,7 @@ class Kind:
     """A kind of fact: templates of sentences that state it, and of questions about it (role -> question)."""
 
     things: tuple[str, ...]
-    told: tuple[str, ...]
+    stated: tuple[str, ...]
     asked: dict[str, str]
 
 
@@ -115,8 +115,8 @@ def make_part(part: str, contexts: int, seed: int) -> dict[str, Any]:
     paragraphs = []
     for number in range(contexts):
         facts = [_fact(kind, source, people, places) for kind in source.sample(KINDS, 3)]
-        told = [source.choice(fact["kind"].told).format(**fact) for fact in facts]
-        sentences = list(told)
+        stated = [source.choice(fact["kind"].stated).format(**fact) for fact in facts]
+        sentences = list(stated)
         sentences.insert(source.randrange(4), source.choice(FILLERS))
         context = " ".join(sentences)
         qas = []
@@ -131,7 +131,7 @@ def make_part(part: str, contexts: int, seed: int) -> dict[str, Any]:
                 fact = _other(fact, role, source, people, places)
             else:
                 # Search from the fact's own sentence: a year may occur in two sentences.
-                start = context.index(fact[role], context.index(told[i]))
+                start = context.index(fact[role], context.index(stated[i]))
                 qa["answers"] = [{"text": fact[role], "answer_start": start}]
             qas.append({**qa, "question": fact["kind"].asked[role].format(**fact)})
         paragraphs.append({"context": context, "qas": qas})
@@ -216,7 +216,7 @@ def _text_row(part: str, number: int, source: random.Random) -> list[str]:
         {"subject": subject, "event": source.choice(EVENTS), "thing": thing}
         for subject, thing in zip(source.sample(SUBJECTS, 3), source.sample(THINGS, 3), strict=True)
     ]
-    told = [source.choice(OTHERS if i else CAUSES).format(**fact) for i, fact in enumerate(facts)]
-    source.shuffle(told)
-    question, answer, context = source.choice(ASKED).format(**facts[0]), facts[0]["thing"], " ".join(told)
+    stated = [source.choice(OTHERS if i else CAUSES).format(**fact) for i, fact in enumerate(facts)]
+    source.shuffle(stated)
+    question, answer, context = source.choice(ASKED).format(**facts[0]), facts[0]["thing"], " ".join(stated)
     return [f"{part}-{number}", question, question, context, context, answer, answer]

@@ -125,15 +125,15 @@ def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, 
     return Store(path)
 
 
-def wait_for(path: Path, *, poll_s: float = 0.2, tell_s: float = 300) -> Store:
-    """Wait, outside any collective, until another process has built the store; report every `tell_s`."""
-    started = told = time.monotonic()
+def wait_for(path: Path, *, poll_s: float = 0.2, report_s: float = 300) -> Store:
+    """Wait, outside any collective, until another process has built the store; report every `report_s`."""
+    started = reported = time.monotonic()
     while not (path / "meta.json").exists():
         time.sleep(poll_s)
-        if time.monotonic() - told > tell_s:
-            told = time.monotonic()
+        if time.monotonic() - reported > report_s:
+            reported = time.monotonic()
             print(
-                f"waiting for rank 0 to tokenise ({told - started:.0f} s): {path}",
+                f"waiting for rank 0 to tokenise ({reported - started:.0f} s): {path}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -87,7 +87,7 @@ def _train(arguments: list[str]) -> int:
 
     verdict = train(config, last=True).verdict
     # With --max-restarts, torchrun would restart a stopped run at once; without it, it prints a traceback
-    # for every nonzero code. launch/train.sbatch wants neither, and reads status.json instead.
+    # for every nonzero code. launch/train.sbatch needs neither; it reads status.json.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     quiet = restarts or os.environ.get("PLAINLOOP_STOPPED_CODE") == "0"
     return 0 if verdict.name == "STOPPED" and quiet else verdict.value

@@ -23,7 +23,7 @@ class RunError(RuntimeError):
         self.exit_code = exit_code
 
 
-class Doubt(Exception):
+class CheckWarning(Exception):
     """Warning of a doctor check: the run may work; the message says what to look at."""
 
 

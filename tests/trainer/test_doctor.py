@@ -22,7 +22,7 @@ from plainloop.trainer.commands.fetch import write_manifest
 from plainloop.trainer.commands.probe import TwoRanks, try_file_system, versions
 from plainloop.trainer.config.command_options import DoctorConfig
 from plainloop.trainer.config.parse import parse
-from plainloop.trainer.errors import Doubt
+from plainloop.trainer.errors import CheckWarning
 
 
 def as_arguments(options: dict[str, Any]) -> list[str]:
@@ -123,7 +123,7 @@ def test_model(doctor: Any, tiny_model: Path, tmp_path: Path) -> None:
 
 def test_t5_in_fp16(text_options: Any, tmp_path: Path) -> None:
     config = parse(DoctorConfig, as_arguments(text_options | {"precision": "fp16"}), program="test")
-    with pytest.raises(Doubt, match="a t5 overflows in fp16: use --precision bf16 or fp32"):
+    with pytest.raises(CheckWarning, match="a t5 overflows in fp16: use --precision bf16 or fp32"):
         Doctor(config, tmp_path / "scratch").model()
 
 
@@ -198,7 +198,7 @@ def test_memory_and_time(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: 
     monkeypatch.setenv("SLURM_JOB_START_TIME", str(now - 10))
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(now + 600))
     found.measured = dataclasses.replace(found.measured, seconds=100.0)
-    with pytest.raises(Doubt, match=r"the job ends in .* expect about \d+ requeues: a longer --time"):
+    with pytest.raises(CheckWarning, match=r"the job ends in .* expect about \d+ requeues: a longer --time"):
         found.duration()
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1250")
     with pytest.raises(
@@ -222,7 +222,7 @@ def test_memory_estimate_is_close_to_the_measured_peak(
     }  # fmt: skip
     found = Doctor(parse(DoctorConfig, as_arguments(options), program="test"), tmp_path / "scratch")
     found.device(), found.model()
-    with pytest.raises(Doubt, match="no data.dev"):
+    with pytest.raises(CheckWarning, match="no data.dev"):
         found.training_data()
     found.memory()
     assert found.measured

@@ -51,13 +51,13 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     size: int,
-    still_ours: Callable[[], None] = lambda: None,
+    require_ownership: Callable[[], None] = lambda: None,
 ) -> Path:
     """Rank 0 only. Write the checkpoint of state["step"] into `folder`. An error leaves no partial files.
 
     save_model writes the files that from_pretrained reads; state goes to state.json. size: estimated bytes,
-    which must be free on the disk. still_ours is called before the rename; it raises to end the run if this
-    process no longer owns the folder. Raises OSError.
+    which must be free on the disk. require_ownership is called before the rename, and raises if this process
+    no longer owns the folder, which ends the run. Raises OSError.
     """
     final = folder / f"{PREFIX}{state['step']:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def save_checkpoint(
         _write_json(temporary / "state.json", {"format": FORMAT, **state})
         manifest = {f.name: describe_file(f) for f in sorted(temporary.iterdir())}
         _write_json(temporary / MANIFEST, manifest)
-        _settle(temporary)
-        still_ours()
+        _make_durable(temporary)
+        require_ownership()
         if final.exists():  # damaged ones were set aside on resume, so this one is good
             shutil.rmtree(final)
         os.rename(temporary, final)
@@ -243,7 +243,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def _settle(folder: Path) -> None:
+def _make_durable(folder: Path) -> None:
     """Set permissions from the umask (safetensors writes 0600) and fsync everything."""
     umask = _umask()
     for file in folder.iterdir():

@@ -25,17 +25,17 @@ class HostCopy:
         self._pinned = False
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        places: dict[tuple[Any, ...], tuple[int, torch.Tensor]] = {}  # (offset in the block, tensor)
+        offsets: dict[tuple[Any, ...], tuple[int, torch.Tensor]] = {}  # (offset in the block, tensor)
         keys, size = {}, 0
         for name, tensor in tensors.items():
             keys[name] = key = (tensor.data_ptr() or name, tensor.shape, tensor.stride(), tensor.dtype)
-            if key not in places:
-                places[key] = (size, tensor)
+            if key not in offsets:
+                offsets[key] = (size, tensor)
                 size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         self._reserve(size, device)
-        copies = {key: self._view(start, tensor) for key, (start, tensor) in places.items()}
-        for key, (_, tensor) in places.items():
+        copies = {key: self._view(start, tensor) for key, (start, tensor) in offsets.items()}
+        for key, (_, tensor) in offsets.items():
             copies[key].copy_(tensor, non_blocking=True)
         if device.type != "cpu":
             torch.get_device_module(device).synchronize(device)

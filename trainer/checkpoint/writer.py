@@ -136,15 +136,15 @@ class SaveCheckpoint:
             optimizer,
             record,
             size=size,
-            still_ours=self.folder.still_ours,
+            require_ownership=self.folder.require_ownership,
         )
         try:
             path = write()
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            self.folder.still_ours()
-            self._retain_and_point(record["evaluations"], making_room=True)
+            self.folder.require_ownership()
+            self._retain_and_point(record["evaluations"], make_room=True)
             path = write()
         self._retain_and_point(record["evaluations"])
         seconds = time.perf_counter() - started
@@ -178,14 +178,14 @@ class SaveCheckpoint:
             self.progress.state.heartbeat.tick()
             concurrent.futures.wait([save.result], timeout=1)
 
-    def _retain_and_point(self, evaluations: list[dict[str, Any]], making_room: bool = False) -> None:
+    def _retain_and_point(self, evaluations: list[dict[str, Any]], make_room: bool = False) -> None:
         """Rank 0 only. Apply retention and point RUN/best at the best checkpoint on disk."""
         folder = self.folder.path / "checkpoints"
         saved = [r for r in evaluations if (folder / f"{checkpoints.PREFIX}{r['step']:08d}").exists()]
         best = best_step(saved, self.metric)
         if best is not None:  # link first, so that it never dangles
             _point(self.folder.path / "best", Path("checkpoints") / f"{checkpoints.PREFIX}{best:08d}")
-        keep = max(1, self.config.keep_last - making_room)
+        keep = max(1, self.config.keep_last - make_room)
         checkpoints.retain(folder, keep_last=keep, best_step=best)
 
 

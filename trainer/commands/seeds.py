@@ -10,7 +10,7 @@ from typing import Any
 
 from plainloop.trainer.errors import InputError
 
-NOT_FIGURES = ("total", "thresh", "step")  # name suffixes: a mean of sizes or thresholds makes no sense
+NOT_METRICS = ("total", "thresh", "step")  # name suffixes: a mean of sizes or thresholds makes no sense
 
 
 def summary(paths: list[str]) -> str:
@@ -20,10 +20,10 @@ def summary(paths: list[str]) -> str:
     """
     if not paths:
         raise InputError("--summary needs run folders, or folders written by evaluate --out_dir.")
-    found = {path: figures_of(Path(path)) for path in paths}
-    names = [name for name in next(iter(found.values())) if not name.endswith(NOT_FIGURES)]
+    found = {path: read_run_metrics(Path(path)) for path in paths}
+    names = [name for name in next(iter(found.values())) if not name.endswith(NOT_METRICS)]
     for path, figures in found.items():
-        if differing := set(names) ^ {name for name in figures if not name.endswith(NOT_FIGURES)}:
+        if differing := set(names) ^ {name for name in figures if not name.endswith(NOT_METRICS)}:
             raise InputError(f"{path}: has other metrics than {paths[0]}: {', '.join(sorted(differing))}.")
     width = max(map(len, [*found, "standard deviation"]))
     lines = [" " * width + "  " + "  ".join(f"{name:>12}" for name in names)]
@@ -41,7 +41,7 @@ def summary(paths: list[str]) -> str:
     return "\n".join(lines)
 
 
-def figures_of(path: Path) -> dict[str, float]:
+def read_run_metrics(path: Path) -> dict[str, float]:
     """Read metrics.json of `evaluate --out_dir`, or else the metrics of a run's best checkpoint."""
     if (path / "metrics.json").is_file():
         return _numbers(_read(path / "metrics.json"))

@@ -33,7 +33,7 @@ class Lock:
         self._ended = threading.Event()
 
     def acquire(self, say: Callable[[str], None]) -> None:
-        """Take the lock, also a stale one. Raises InputError if a live process holds it; OSError."""
+        """Take the lock, even a stale one. Raises InputError if a live process holds it, and OSError."""
         holder = {"token": self.token, "job": job_id(), **this_process(), "since": time.ctime()}
         for _ in range(10):
             try:

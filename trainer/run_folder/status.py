@@ -49,7 +49,7 @@ class RunFolder:
         """All ranks. How the run ended; written when the folder is released, after everything else."""
         self._verdict = {"status": status, **values}
 
-    def still_ours(self) -> None:
+    def require_ownership(self) -> None:
         """Raise RunError if another run has taken over the folder."""
         if self.lock is not None:
             self.lock.check()
