@@ -14,4 +14,4 @@ ruff check .
 ruff format --check .
 mypy
 # Most of the time goes into imports in the tests' subprocesses, so run two tests in parallel.
-exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "${select[@]}" "$@"
+exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "${select[@]}" --durations=10 "$@"

@@ -86,6 +86,8 @@ def all_runs(package: Path, inputs: dict[str, list[str]], folder: Path) -> dict[
         for ranks in (1,) if TINY else (1, 2):
             whole, halves = folder / f"{task}-{ranks}-whole", folder / f"{task}-{ranks}-halves"
             train(package, options, whole, ranks)
+            if TINY:
+                return {whole.name: outcome(whole)}
             train(package, [*options, "--stop_at_step", str(STOP_AT)], halves, ranks)
             train(package, options, halves, ranks)
             outcomes |= {run.name: outcome(run) for run in (whole, halves)}
