@@ -85,8 +85,8 @@ def test_concurrent_reader_always_finds_a_valid_checkpoint(options: Any, train: 
             if (run_dir / "best").exists():
                 try:
                     found.append(checkpoint_path(str(run_dir)))
-                except InputError as error:
-                    found.append(str(error))
+                except Exception as error:
+                    found.append(repr(error))
 
     reader = threading.Thread(target=read)
     reader.start()

@@ -178,7 +178,7 @@ def _unreadable(file: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt"):
+        with safe_open(file, framework="numpy"):  # "pt" opens it twice; deleted in between: RuntimeError
             return None
     except SafetensorError as error:
         return f"{file.name} is not a safetensors file ({error})"
