@@ -44,7 +44,8 @@ def best_spans(
 ) -> Spans:
     """Find the best spans, start <= end < start + max_answer_length, among the context tokens of each window.
 
-    logits: (B, L, 2) float32. Ties: the earlier start, then the shorter span.
+    logits: (B, L, 2) float32. Ties: the earlier start, then the shorter span. A span whose tokens cover no
+    characters is none: sentencepiece has tokens for a blank that is not there.
 
     Each of the K best spans starts at one of the K best starts, where a start is ranked by its best end. So
     K * M sums give the exact result (M = max_answer_length). Best ends are a sliding maximum.
@@ -57,11 +58,15 @@ def best_spans(
     end = np.where(outside, -np.inf, logits[:, :, 1])
     index = np.arange(len(rows))
 
-    best_of_start = start + _sliding_max(end, max_answer_length)
+    best_end, skip = _sliding_max(end, max_answer_length), _tokens_without_text(store, rows, ~outside)
+    for row, token in zip(*np.nonzero(skip), strict=True):  # few, in few vocabularies
+        ends = end[row, token + skip[row, token] : token + max_answer_length]
+        best_end[row, token] = ends.max(initial=-np.inf)
+    best_of_start = start + best_end
     starts = _top(best_of_start, min(num_best, logits.shape[1]))
     starts = np.sort(starts, axis=1)  # the sums below, flattened, are then in tie-break order
     ends = starts[:, :, None] + np.arange(max_answer_length)
-    in_range = ends < logits.shape[1]
+    in_range = (ends < logits.shape[1]) & (ends >= (starts + skip[index[:, None], starts])[:, :, None])
     ends = np.minimum(ends, logits.shape[1] - 1)
     sums = np.where(
         in_range, start[index[:, None], starts][:, :, None] + end[index[:, None, None], ends], -np.inf
@@ -83,6 +88,19 @@ def best_spans(
     cls = store.arrays["cls"][rows]
     null = logits[index, cls, 0] + logits[index, cls, 1]
     return Spans(rows, null.astype(np.float32), score.astype(np.float32), char_start, char_end)
+
+
+def _tokens_without_text(store: Store, rows: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """(B, L): how many tokens from this one on, itself included, cover no characters. inside: the context."""
+    width = inside.shape[1]
+    position = np.arange(width)
+    last = store.starts[rows] + store.lengths[rows] - 1
+    tokens = np.minimum(store.starts[rows][:, None] + position, last[:, None])
+    offsets = store.arrays["offsets"][tokens]
+    with_text = (offsets[:, :, 1] > offsets[:, :, 0]) & inside
+    following = np.where(with_text, position, width)
+    following = np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
+    return np.where(inside, following - position, 0)
 
 
 def _sliding_max(values: np.ndarray, width: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from plainloop.data.errors import InputError
-from plainloop.data.tokenise import Arrays, tokenise
+from plainloop.data.tokenise import Arrays
 from plainloop.data.types import Example
 
 
@@ -32,21 +32,19 @@ def question_limit(tokenizer: Any, *, max_length: int, stride: int) -> int:
     return limit
 
 
-def span_windows(
-    examples: Sequence[Example], tokenizer: Any, *, max_length: int, stride: int, processes: int = 1
-) -> Arrays:
+def span_windows(examples: Sequence[Example], tokenizer: Any, *, max_length: int, stride: int) -> Arrays:
     """Cut examples into windows, in order. See `_window_arrays` for the arrays.
 
     A window's label is the span of the first answer, or CLS if there is none or it is not fully inside.
     """
     limit = question_limit(tokenizer, max_length=max_length, stride=stride)
-    arrays = tokenise(_Job(tokenizer, max_length, stride, limit), examples, processes)
+    arrays = _Job(tokenizer, max_length, stride, limit)(examples)
     arrays["example"] = np.repeat(np.arange(len(examples), dtype=np.int32), arrays.pop("num_windows"))
     return arrays
 
 
 class _Job:
-    """A tokenizer and its options, passed to worker processes once, by fork."""
+    """A tokenizer and its options."""
 
     def __init__(self, tokenizer: Any, max_length: int, stride: int, question_limit: int) -> None:
         self.tokenizer = tokenizer

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from plainloop.data.errors import InputError
 
 # Part of the key of every cached store, and so of a run's fingerprint. Raise it when the readers or
 # tokenisation change what they produce; tests/data/test_store.py notices if you forget.
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 
 
 class Store:
@@ -101,27 +101,57 @@ def cache_folder(configured: str | None) -> Path:
     return Path(configured or os.environ.get("PLAINLOOP_CACHE") or Path.home() / ".cache" / "plainloop")
 
 
-def build(path: Path, make: Callable[[], tuple[dict[str, np.ndarray], dict[str, Any]]]) -> Store:
-    """Open the store at `path`, building it first if missing. Safe to call from several processes at once."""
+class Writer:
+    """Appends chunks of arrays to .npy files, so that a store of any size needs little memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, tuple[IO[bytes], dict[str, Any]]] = {}
+
+    def append(self, arrays: dict[str, np.ndarray]) -> None:
+        """Append along the first axis. The names, dtypes and other axes are the same each time."""
+        for name, array in arrays.items():
+            if name not in self._files:
+                header = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array[:0]))
+                self._files[name] = open(self.folder / f"{name}.npy", "wb"), header
+                np.lib.format.write_array_header_1_0(*self._files[name])
+            file, header = self._files[name]
+            file.write(np.ascontiguousarray(array).data)
+            header["shape"] = (header["shape"][0] + len(array), *array.shape[1:])
+
+    def close(self) -> None:
+        """Write the final shapes: numpy leaves room in a header for the first axis to grow."""
+        for file, header in self._files.values():
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.close()
+
+
+def build(path: Path, fill: Callable[[Writer], dict[str, Any]]) -> Store:
+    """Open the store at `path`, building it first if missing. Safe to call from several processes at once.
+
+    fill: appends the arrays, returns the meta data. Raises InputError.
+    """
     if not (path / "meta.json").exists():
-        arrays, meta = make()
+        temporary = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
-        except OSError as error:
-            raise InputError(
-                f"data.cache_dir {path.parent}: {error.strerror or error}; choose a writable folder."
-            ) from None
-        try:
-            for name, array in arrays.items():
-                np.save(temporary / f"{name}.npy", array)
+            writer = Writer(temporary)
+            meta = fill(writer)
+            writer.close()
             (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             temporary.chmod(0o755)
             os.rename(temporary, path)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             if not (path / "meta.json").exists():  # else another process finished first: same content
-                raise InputError(f"data.cache_dir {path.parent}: {error.strerror or error}.") from None
+                reason = error.strerror or error
+                raise InputError(
+                    f"data.cache_dir {path.parent}: {reason}; choose a writable folder with room."
+                ) from None
+        finally:
+            if temporary is not None:  # gone if it was published
+                shutil.rmtree(temporary, ignore_errors=True)
     return Store(path)
 
 

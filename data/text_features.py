@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from plainloop.data.errors import InputError
-from plainloop.data.tokenise import Arrays, tokenise
+from plainloop.data.tokenise import Arrays
 from plainloop.data.types import TextExample
 
 MIN_CONTEXT = 16  # context tokens that a question must leave room for
@@ -25,30 +25,28 @@ def pair_rows(
     max_source_length: int,
     max_target_length: int,
     stride: int | None = None,
-    processes: int = 1,
 ) -> Arrays:
     """Rows in order: input_ids (S,) with length (N,); target_ids (T,) with target_length (N,); example (N,).
 
     stride None: one row per example; `cut` marks the truncated contexts. Otherwise: windows that overlap by
     `stride` context tokens. Raises InputError if a question leaves no room: questions are never truncated.
     """
-    job = _Job(tokenizer, max_source_length, max_target_length, stride)
-    arrays = tokenise(job, examples, processes)
+    arrays = _Job(tokenizer, max_source_length, max_target_length, stride)(examples)
     room = arrays.pop("room")
     without = np.flatnonzero(room < 0)
     if len(without):
         first, length = examples[without[0]], max_source_length - int(room[without[0]])
         raise InputError(
-            f"{len(without)} question(s) leave no room for a context in text.max_source_length"
-            f" {max_source_length} (the first: id {first.id!r}, needs {length} tokens). Questions are never"
-            " truncated: raise text.max_source_length or remove these questions."
+            f"id {first.id!r}: the question leaves no room for a context in text.max_source_length"
+            f" {max_source_length}; it needs {length} tokens. Questions are never truncated: raise"
+            " text.max_source_length or remove such questions."
         )
     arrays["example"] = np.repeat(np.arange(len(examples), dtype=np.int32), arrays.pop("num_rows"))
     return arrays
 
 
 class _Job:
-    """A tokenizer and its options, passed to worker processes once, by fork."""
+    """A tokenizer and its options."""
 
     def __init__(
         self, tokenizer: Any, max_source_length: int, max_target_length: int, stride: int | None

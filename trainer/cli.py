@@ -110,13 +110,14 @@ def _evaluate(arguments: list[str]) -> int:
     from plainloop.trainer.config.parse import parse
 
     config = parse(ScoreConfig, _as_list(arguments, "--summary"), program="plainloop evaluate")
+    from plainloop.trainer.commands.evaluate import print_metrics, refuse_unused, score
+
     if config.summary is not None:
         from plainloop.trainer.commands.seeds import summary
 
+        refuse_unused(config, {"summary"}, "--summary")
         print(summary(config.summary))
         return 0
-    from plainloop.trainer.commands.evaluate import print_metrics, score
-
     metrics = score(config)
     if metrics is not None:
         print_metrics(metrics)

@@ -1,4 +1,4 @@
-"""Read Webis-CausalQA-22 (CSV or JSONL) and SQuAD files as TextExamples, for text-to-text models.
+"""Read Webis-CausalQA-22 (CSV or JSONL), and any data that examples.py reads, as TextExamples.
 
 CausalQA: the source is `question_processed \\n context_processed`. The separator is a literal backslash and
 n, as in UnifiedQA, because T5's vocabulary silently drops a real newline. `answer` holds the references,
@@ -8,18 +8,25 @@ empty cell means no context.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plainloop.data.errors import InputError
-from plainloop.data.readers.squad import MAX_FAULTS_SHOWN, read_squad
-from plainloop.data.types import TextExample
+from plainloop.data.readers.examples import Examples, ReadOptions
+from plainloop.data.readers.files import (
+    MAX_FAULTS_SHOWN,
+    csv_rows,
+    find_files,
+    is_saved,
+    json_lines,
+    suffix_of,
+)
+from plainloop.data.types import Example, TextExample
 
 SEPARATOR = " \\n "
 COLUMNS = ("question_processed", "context_processed", "answer", "answer_processed")
@@ -44,10 +51,12 @@ class TextOptions:
     split: str = "original"
 
 
-def is_squad(path: str) -> bool:
-    """True for a .json file or a folder saved by `datasets`; anything else is CausalQA."""
-    saved = (Path(path) / name for name in ("state.json", "dataset_dict.json"))
-    return path.endswith(".json") or any(file.exists() for file in saved)
+def is_causalqa(path: str) -> bool:
+    """Whether this file has CausalQA's columns, or ids alone, as ELI5's."""
+    if is_saved(path) or suffix_of(path) not in (".csv", ".jsonl"):
+        return False
+    _, row = next(csv_rows(path) if suffix_of(path) == ".csv" else json_lines(path), (0, None))
+    return isinstance(row, dict) and (COLUMNS[0] in row or list(row) == ["id"])
 
 
 def data_files(path: str | Sequence[str], part: str, options: TextOptions) -> list[str]:
@@ -55,38 +64,49 @@ def data_files(path: str | Sequence[str], part: str, options: TextOptions) -> li
 
     part: "train" or "valid". Raises InputError if a file is missing, or if SQuAD and CausalQA are mixed.
     """
-    files = []
+    files: list[str] = []
     for name in [path] if isinstance(path, str) else path:
         folder = Path(name)
-        if folder.is_dir() and not is_squad(name):
-            if not options.dataset:
-                found = sorted({f.name.split(f"_{part}_")[0] for f in folder.glob(f"*_{part}_*_split.csv")})
-                there = f"it has {', '.join(found)}" if found else f"it has no *_{part}_*_split.csv"
-                raise InputError(f"{name}: set text.dataset to choose a dataset of this folder; {there}.")
+        there = sorted({f.name.split(f"_{part}_")[0] for f in folder.glob(f"*_{part}_*_split.csv")})
+        if folder.is_dir() and options.dataset:
             name = str(folder / f"{options.dataset}_{part}_{options.split}_split.csv")
-        if not Path(name).exists():
-            raise InputError(f"{name}: no such file. Give CausalQA CSV or JSONL, SQuAD JSON, or a folder.")
-        files.append(name)
-    if len({is_squad(name) for name in files}) > 1:
+        elif there:
+            raise InputError(
+                f"{name}: set text.dataset to choose a dataset of this folder; it has {', '.join(there)}."
+            )
+        files += find_files(name)
+    if len({is_causalqa(name) for name in files}) > 1:
         raise InputError(
             f"{', '.join(files)}: SQuAD and CausalQA files can't be mixed: their metrics differ."
         )
     return files
 
 
-def read_text(files: Sequence[str], options: TextOptions) -> list[TextExample]:
-    """Read all examples of the files, in order.
+class TextExamples:
+    """The examples of these files as TextExamples, in order; iterated and reported like Examples."""
 
-    Raises InputError that lists the first bad rows with their line numbers.
-    """
-    examples: list[TextExample] = []
-    for name in files:
-        examples += (squad_as_text if is_squad(name) else read_causalqa)(name, options)
-    if is_squad(files[0]):
-        ((most, count),) = Counter(e.id for e in examples).most_common(1)
-        if count > 1:
-            raise InputError(f"{', '.join(files)}: id {most!r} occurs {count} times; ids must be unique.")
-    return examples
+    def __init__(
+        self, files: Sequence[str], options: TextOptions, columns: Mapping[str, str] | None = None
+    ) -> None:
+        self.files, self.options = files, options
+        self.causalqa = is_causalqa(files[0])
+        if self.causalqa and columns:
+            raise InputError("data.columns has no effect on CausalQA data; leave it out.")
+        self._examples = Examples(files, ReadOptions(columns or {}, locate=False))
+
+    @property
+    def notes(self) -> list[str]:
+        return self._examples.notes
+
+    def __iter__(self) -> Iterator[TextExample]:
+        if self.causalqa:
+            return itertools.chain.from_iterable(read_causalqa(name, self.options) for name in self.files)
+        return (as_text(example, self.options) for example in self._examples)
+
+
+def read_text(files: Sequence[str], options: TextOptions) -> list[TextExample]:
+    """All examples of the files. Raises InputError that lists the first bad rows with their line numbers."""
+    return list(TextExamples(files, options))
 
 
 def row_of_each_target(examples: Sequence[TextExample]) -> list[TextExample]:
@@ -94,10 +114,10 @@ def row_of_each_target(examples: Sequence[TextExample]) -> list[TextExample]:
     return [dataclasses.replace(e, targets=(target,)) for e in examples for target in e.targets]
 
 
-def read_causalqa(path: str, options: TextOptions) -> list[TextExample]:
+def read_causalqa(path: str, options: TextOptions) -> Iterator[TextExample]:
     """Read a CausalQA CSV or JSONL file, in file order."""
-    rows = _json_lines(Path(path)) if path.endswith(".jsonl") else _csv_rows(Path(path))
-    examples, faults = [], []
+    rows = json_lines(path) if suffix_of(path) == ".jsonl" else _checked_csv(path)
+    faults, count = [], 0
     for line, row in rows:
         fault = _fault(row, options.target_column)
         if fault:
@@ -107,28 +127,29 @@ def read_causalqa(path: str, options: TextOptions) -> list[TextExample]:
         references = _references(row["answer"])
         targets = _chosen(_references(row[options.target_column]), options.target)
         question = row["question_processed"] + (SEPARATOR if context else "")
-        examples.append(TextExample(str(row.get("id", line)), question, context, references, targets))
+        count += 1
+        if not faults:
+            yield TextExample(str(row.get("id", line)), question, context, references, targets)
     if faults:
         shown = "\n  ".join(faults[:MAX_FAULTS_SHOWN])
         raise InputError(f"{path}: {len(faults)} bad row(s); correct or remove them:\n  {shown}")
-    if not examples:
+    if not count:
         raise InputError(f"{path}: holds no row.")
-    return examples
 
 
-def squad_as_text(path: str, options: TextOptions) -> list[TextExample]:
-    """Read a SQuAD file as text-to-text examples; without answers, the target is `null_target`."""
-    examples = []
-    for e in read_squad(path):
-        question, context = e.question.strip(), e.context
-        if options.format == "unifiedqa":
-            question, context = (question + SEPARATOR).lower(), context.lower()
-        else:
-            question = f"question: {question} context: "
-        texts = tuple(answer.text for answer in e.answers)
-        targets = _chosen(texts, options.target) if texts else (options.null_target,)
-        examples.append(TextExample(e.id, question, context, texts, targets, is_squad=True))
-    return examples
+def as_text(example: Example, options: TextOptions) -> TextExample:
+    """A question on a context as a text-to-text example; without answers, the target is `null_target`.
+
+    Blanks in front of a context are dropped, as in the published code. A blank context is left out.
+    """
+    question, context = example.question.strip(), example.context.lstrip()
+    if options.format == "unifiedqa":
+        question, context = (question + (SEPARATOR if context else "")).lower(), context.lower()
+    else:
+        question = f"question: {question}" + (" context: " if context else "")
+    texts = tuple(answer.text for answer in example.answers)
+    targets = _chosen(texts, options.target) if texts else (options.null_target,)
+    return TextExample(example.id, question, context, texts, targets, is_squad=True)
 
 
 def _chosen(texts: tuple[str, ...], target: str) -> tuple[str, ...]:
@@ -142,44 +163,17 @@ def _references(cell: str) -> tuple[str, ...]:
     return tuple(text.strip() for text in cell.split("\t") if text.strip())
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, row) pairs. Not with pandas, which reads `None`, `NA`, `null`, ... as missing values."""
-    csv.field_size_limit(2**31 - 1)  # a context may be a whole page
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            header = reader.fieldnames or []
-            if list(header) == ["id"]:
-                raise InputError(
-                    f"{path}: contains only ids: ELI5's texts may not be redistributed. Rebuild the file from"
-                    " the original posts (see the Webis-CausalQA-22 repository), or leave this dataset out."
-                )
-            missing = [name for name in COLUMNS if name not in header]
-            if missing:
-                raise InputError(f"{path}: not a CausalQA file: its header has no {', '.join(missing)}.")
-            for row in reader:
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error}).") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8. Convert the file to UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}.") from None
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8. Convert the file to UTF-8.") from None
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): it splits at U+2028 too
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: line {number}: not valid JSON ({error.msg}).") from None
+def _checked_csv(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv_rows(path)
+    _, header = next(rows)
+    if list(header) == ["id"]:
+        raise InputError(
+            f"{path}: contains only ids: ELI5's texts may not be redistributed. Rebuild the file from"
+            " the original posts (see the Webis-CausalQA-22 repository), or leave this dataset out."
+        )
+    if missing := [name for name in COLUMNS if name not in header]:
+        raise InputError(f"{path}: not a CausalQA file: its header has no {', '.join(missing)}.")
+    yield from rows
 
 
 def _fault(row: Any, target_column: str) -> str | None:

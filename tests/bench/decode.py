@@ -56,7 +56,7 @@ def synthetic_logits(random: np.random.Generator, windows: int, length: int) -> 
 
 
 def main() -> None:
-    from plainloop.data.readers.squad import read_squad
+    from plainloop.data.readers.examples import read_examples
     from plainloop.data.samplers import shard_evaluation
     from plainloop.data.span_answers import Spans, best_spans
     from plainloop.trainer.config.options import EvaluationConfig
@@ -66,7 +66,7 @@ def main() -> None:
     path = str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "squad2/dev-v2.0.full-rebuilt.json")
     if "TINY" in os.environ:  # smoke test: a small file
         path = str(Path(os.environ["PLAINLOOP_REAL_DATA"]) / "xquad/xquad.en.json")
-    examples = read_squad(path)
+    examples = read_examples(path)
     with tempfile.TemporaryDirectory() as cache:
         store = setup(cache, file=path, split="dev", limit=None).data.store
         random = np.random.default_rng(0)

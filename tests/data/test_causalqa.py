@@ -69,7 +69,7 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_errors_name_the_file_and_line(tmp_path: Path) -> None:
     for content, message in (
         ("id\n1\n2\n", "ELI5"),
-        ("id,question\n", "no question_processed, context_processed"),
+        ("id,question_processed\n", "no context_processed, answer, answer_processed"),
         (",".join(HEADER) + "\n1,q,q,,,,\n", "line 2: 'answer' is empty"),
         (",".join(HEADER) + "\n1,q,q,c,c,a,a,a\n", "line 2: more cells"),
         (",".join(HEADER) + "\n", "holds no row"),
@@ -97,7 +97,7 @@ def test_folders_and_mixtures(tmp_path: Path) -> None:
 
 
 def test_squad_as_text(squad_file: Path) -> None:
-    with pytest.raises(InputError, match="occurs 2 times"):
+    with pytest.raises(InputError, match="this id occurs twice"):
         read_text([str(squad_file)] * 2, TextOptions())
     t5 = read_text([str(squad_file)], TextOptions(null_target="<no answer>"))
     assert len(t5) == 120

@@ -17,7 +17,7 @@ def store(path: Path) -> Store:
         "segment": np.array([2, 4, 5], dtype=np.int32),
         "label": np.array([[0, 0], [5, 6], [3, 3]], dtype=np.int32),
     }
-    return build(path / "store", lambda: (arrays, {}))
+    return build(path / "store", lambda writer: writer.append(arrays) or {})
 
 
 def test_collate_by_hand(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_largest_micro_batches_respect_the_token_budget_and_widths(tmp_path: Pat
         "input_ids": np.ones(int(lengths.sum()), dtype=np.int32), "length": lengths,
         "segment": lengths, "label": np.zeros((200, 2), dtype=np.int32),
     }  # fmt: skip
-    rows = build(tmp_path / "many", lambda: (arrays, {}))
+    rows = build(tmp_path / "many", lambda writer: writer.append(arrays) or {})
     for widths in (MULTIPLES, few_widths(lengths, [3], 128)):
         collate = EncoderCollate(rows, pad_token_id=0, max_length=128, segments=False, widths=widths)
         given = {"world_size": 1, "rank": 0, "max_tokens": 600}

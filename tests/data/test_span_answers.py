@@ -1,5 +1,6 @@
 """Decoding compared with a simple exhaustive search; ties by hand."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from plainloop.data.store import Store, build
 from plainloop.data.types import Answer, Example
 
 
-def make_store(path: Path, contexts: list[tuple[int, int]], length: int, owners: list[int]) -> Store:
-    """Windows of equal length; token t covers characters [2t, 2t + 1)."""
+def make_store(
+    path: Path, contexts: list[tuple[int, int]], length: int, owners: list[int], empty: Sequence[int] = ()
+) -> Store:
+    """Windows of equal length; token t covers characters [2t, 2t + 1), or none if it is one of `empty`."""
     n = len(contexts)
     offsets = np.stack([np.arange(length) * 2, np.arange(length) * 2 + 1], axis=1)
+    offsets[list(empty), 1] = offsets[list(empty), 0]
     arrays = {
         "input_ids": np.zeros(n * length, dtype=np.int32),
         "offsets": np.tile(offsets, (n, 1)).astype(np.int32),
@@ -23,7 +27,7 @@ def make_store(path: Path, contexts: list[tuple[int, int]], length: int, owners:
         "context": np.array(contexts, dtype=np.int32),
         "example": np.array(owners, dtype=np.int32),
     }
-    return build(path, lambda: (arrays, {}))
+    return build(path, lambda writer: writer.append(arrays) or {})
 
 
 def exhaustive(logits: np.ndarray, low: int, high: int, longest: int) -> list[tuple[float, int, int]]:
@@ -60,6 +64,26 @@ def test_best_spans_match_an_exhaustive_search(
         if not ties or num_best == 1:
             assert got == expected
         assert spans.null[b] == logits[b, 0, 0] + logits[b, 0, 1]
+
+
+@pytest.mark.parametrize("num_best", [1, 20])
+@pytest.mark.parametrize("longest", [1, 2, 7])
+def test_a_span_whose_tokens_cover_no_characters_is_no_answer(
+    tmp_path: Path, num_best: int, longest: int
+) -> None:
+    empty = (4, 5, 6, 11, 19)
+    store = make_store(tmp_path / "store", [(3, 20), (4, 7), (2, 12)], 20, [0, 1, 2], empty)
+    logits = np.random.default_rng(longest).normal(size=(3, 20, 2)).astype(np.float32)
+    logits[:, empty] += 3  # what a wrong decoder would choose
+    spans = best_spans(logits, np.arange(3), store, max_answer_length=longest, num_best=num_best)
+    for b, (low, high) in enumerate([(3, 20), (4, 7), (2, 12)]):
+        expected = [
+            s
+            for s in exhaustive(logits[b], low, high, longest)
+            if not set(range(s[1], s[2] + 1)) <= set(empty)
+        ]
+        found = spans.score[b][np.isfinite(spans.score[b])]
+        assert list(found) == [s[0] for s in expected[:num_best]]
 
 
 def predict(

@@ -1,5 +1,8 @@
 """Windows and labels: cases that common implementations get wrong, and known window counts."""
 
+import functools
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,9 @@ import numpy as np
 import pytest
 
 from plainloop.data.errors import InputError
-from plainloop.data.readers.squad import read_squad
+from plainloop.data.readers.examples import read_examples
 from plainloop.data.span_features import question_limit, span_windows
+from plainloop.data.tokenise import in_chunks
 from plainloop.data.types import Answer, Example
 
 
@@ -133,12 +137,36 @@ def test_stride_that_leaves_no_room_is_a_clear_error(bert: Any) -> None:
 
 def test_windows_do_not_depend_on_the_number_of_processes(bert: Any) -> None:
     cases = [example(f"In {y} it was {y} trees.", str(y)) for y in range(1000, 3500)]
-    one, two = (span_windows(cases, bert, max_length=32, stride=8, processes=n) for n in (1, 2))
-    assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+    job = functools.partial(span_windows, tokenizer=bert, max_length=32, stride=8)
+    whole = job(cases)
+    for processes in (1, 2):
+        counts, parts = zip(*in_chunks(job, iter(cases), processes), strict=True)
+        assert sum(counts) == len(cases) and len(parts) > 2
+        for name in set(whole) - {"example"}:
+            assert np.array_equal(whole[name], np.concatenate([part[name] for part in parts]))
+
+
+def test_examples_are_a_stream_of_which_few_are_read_ahead(bert: Any) -> None:
+    read = []
+    stream = (read.append(i) or i for i in range(100_000))
+    results = in_chunks(lambda chunk: sum(chunk), stream, 2)
+    assert next(results) == (256, sum(range(256)))
+    assert len(read) <= 2000 + 6 * 256
+    results.close()
+
+
+def test_a_killed_process_is_an_error_and_not_a_hang() -> None:
+    def job(chunk: list[int]) -> int:
+        if 3000 in chunk:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return len(chunk)
+
+    with pytest.raises(InputError, match="lower --data.processes"):
+        list(in_chunks(job, range(5000), 2))
 
 
 def test_known_window_counts_of_the_dev_set(real_data: Path, roberta: Any, bert: Any) -> None:
-    examples = read_squad(real_data / "squad2/dev-v2.0.full-rebuilt.json")
+    examples = read_examples(real_data / "squad2/dev-v2.0.full-rebuilt.json")
     assert len(examples) == 11873
     assert len(span_windows(examples, roberta, max_length=384, stride=128)["length"]) == 12165
     assert len(span_windows(examples, bert, max_length=384, stride=128)["length"]) == 12134
@@ -146,7 +174,7 @@ def test_known_window_counts_of_the_dev_set(real_data: Path, roberta: Any, bert:
 
 def test_answers_of_the_real_training_file_are_recovered(real_data: Path, roberta: Any) -> None:
     """From a window that contains the answer, up to the boundaries of its first and last token."""
-    examples = read_squad(real_data / "squad2/train-v2.0.subset.json")
+    examples = read_examples(real_data / "squad2/train-v2.0.subset.json")
     arrays = span_windows(examples, roberta, max_length=384, stride=128)
     exact = 0
     found: set[int] = set()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plainloop.data.errors import InputError
-from plainloop.data.store import FEATURES_VERSION, build, digest, wait_for
+from plainloop.data.store import FEATURES_VERSION, Writer, build, digest, wait_for
 
 ARRAYS = {"length": np.array([2, 3], dtype=np.int32), "input_ids": np.arange(5, dtype=np.int32)}
 
@@ -16,12 +16,15 @@ ARRAYS = {"length": np.array([2, 3], dtype=np.int32), "input_ids": np.arange(5, 
 def test_store_is_built_once_and_rows_are_slices(tmp_path: Path) -> None:
     calls = []
 
-    def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def fill(writer: Writer) -> dict[str, Any]:
         calls.append(1)
-        return ARRAYS, {"examples": 2}
+        for part in (slice(0, 2), slice(2, None)):  # joined along the first axis
+            writer.append({"input_ids": ARRAYS["input_ids"][part]})
+        writer.append({"length": ARRAYS["length"]})
+        return {"examples": 2}
 
     for _ in range(2):
-        store = build(tmp_path / "cache/store", make)
+        store = build(tmp_path / "cache/store", fill)
     assert len(calls) == 1 and len(store) == 2 and store.meta == {"examples": 2}
     assert list(store.row("input_ids", 1)) == [2, 3, 4]
     assert isinstance(store.arrays["input_ids"], np.memmap)
@@ -29,7 +32,9 @@ def test_store_is_built_once_and_rows_are_slices(tmp_path: Path) -> None:
 
 
 def test_wait_for_returns_once_the_store_exists(tmp_path: Path) -> None:
-    threading.Timer(0.3, lambda: build(tmp_path / "store", lambda: (ARRAYS, {}))).start()
+    threading.Timer(
+        0.3, lambda: build(tmp_path / "store", lambda writer: writer.append(ARRAYS) or {})
+    ).start()
     assert len(wait_for(tmp_path / "store", poll_s=0.05)) == 2
 
 
@@ -45,12 +50,12 @@ def test_digest_depends_on_content_not_names(tmp_path: Path) -> None:
 def test_unwritable_cache_folder_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="data.cache_dir"):
-        build(tmp_path / "file/store", lambda: (ARRAYS, {}))
+        build(tmp_path / "file/store", lambda writer: writer.append(ARRAYS) or {})
 
 
 # The arrays of a fixed sample for each FEATURES_VERSION. If this fails, what the readers or the tokenisation
 # produce has changed: raise FEATURES_VERSION in data/store.py and add the new digest here.
-DIGESTS = {1: "e78b4d2fd5bdd10e"}
+DIGESTS = {2: "468d326976043067"}
 CONTEXT = (
     "Ada Holm built the stone bridge of Fernbay in 1702. Few of the letters have survived. It was moved."
 )
@@ -59,7 +64,7 @@ CONTEXT = (
 def test_changed_features_need_a_new_version(tmp_path: Path) -> None:
     """Real readers and tokenisation, with a tokenizer that is kept in the repository."""
     from plainloop.data.readers.causalqa import TextOptions, read_text, row_of_each_target
-    from plainloop.data.readers.squad import read_squad
+    from plainloop.data.readers.examples import read_examples
     from plainloop.data.span_features import span_windows
     from plainloop.data.text_features import pair_rows
     from plainloop.models.load import load_tokenizer
@@ -72,13 +77,17 @@ def test_changed_features_need_a_new_version(tmp_path: Path) -> None:
         {"id": "c", "question": "Who moved the mill?", "answers": []},
     ]
     (tmp_path / "squad.json").write_text(
-        json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": qas}]}]})
+        json.dumps({"data": [{"paragraphs": [{"context": " " + CONTEXT[1:], "qas": qas[1:]}]}]})
     )
+    rows = [{"id": "d", "query": "Who built it?", "passage": CONTEXT, "answer": ["Ada Holm"]}]
+    rows += [{**rows[0], "id": "e", "answer": None}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "causal.csv").write_text(
         "question_processed,context_processed,answer,answer_processed\n"
         f'why was it moved ?,"{CONTEXT.lower()}",of ice\tof frost,ice\nwhy ?,,None,None\n'
     )
-    spans = span_windows(read_squad(tmp_path / "squad.json"), tokenizer, max_length=64, stride=16)
+    examples = read_examples([str(tmp_path / name) for name in ("squad.json", "rows.jsonl")])
+    spans = span_windows(examples, tokenizer, max_length=64, stride=16)
     texts = [
         pair_rows(
             row_of_each_target(read_text([str(tmp_path / name)], TextOptions(target=target, format=form))),

@@ -47,7 +47,7 @@ def test_truncation_keeps_the_question_and_the_end_token(t5: Any) -> None:
     assert len(target) == 10 and target[-1] == 1
     assert arrays["cut"].tolist() == [True, False] and arrays["target_cut"].tolist() == [True, False]
     for length in (6, len(question) + 1, len(question) + 10):
-        with pytest.raises(InputError, match=r"1 question\(s\) leave no room .* never truncated"):
+        with pytest.raises(InputError, match=r"id 'x': the question leaves no room .* never truncated"):
             pair_rows([long], t5, max_source_length=length, max_target_length=10)
 
 
@@ -77,7 +77,7 @@ def test_windows_contain_the_question_and_cover_the_context(t5: Any, length: int
 def test_batches_by_hand(tmp_path: Path, t5: Any) -> None:
     examples = [example(f"why {'so ' * n}", "it is", "yes " * (1 + n % 3)) for n in range(12)]
     arrays = pair_rows(examples, t5, max_source_length=64, max_target_length=16)
-    store = build(tmp_path / "s", lambda: (arrays, {}))
+    store = build(tmp_path / "s", lambda writer: writer.append(arrays) or {})
     inputs, labels = TextCollate(store, pad_token_id=0, start_token_id=0, max_length=64)(np.array([0, 2]))
     targets = [store.target(0).tolist(), store.target(2).tolist()]
     assert labels["target"].tolist() == targets[0] + targets[1]

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from plainloop.data.demo import write_demo
-from plainloop.data.readers.squad import read_squad
+from plainloop.data.readers.examples import read_examples
 
 
 def test_demo_corpus_is_valid_and_its_parts_share_no_facts(tmp_path: Path) -> None:
-    train, dev = map(read_squad, write_demo(tmp_path))
+    train, dev = map(read_examples, write_demo(tmp_path))
     assert len({e.context for e in train}) == 600 and len({e.context for e in dev}) == 150
     for part in (train, dev):
         assert 0.2 < sum(not e.answers for e in part) / len(part) < 0.45

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from plainloop.data.errors import InputError
 from plainloop.data.loader import EncoderCollate
-from plainloop.data.readers.squad import read_squad
+from plainloop.data.readers.examples import read_examples
 from plainloop.data.store import Store
 from plainloop.data.types import IGNORE_INDEX, Example
 from plainloop.models.load import load_network, load_tokenizer
@@ -55,7 +55,7 @@ class Answerable:
         return [path]
 
     def read(self, files: list[str]) -> list[Example]:
-        return read_squad(files[0])
+        return read_examples(files)
 
     def metrics(self, store: Store) -> list[str]:
         return list(self.metric_names) if len(store) else []
@@ -73,7 +73,7 @@ class Answerable:
             "label": np.array([[bool(e.answers)] for e in examples], dtype=np.int32),
         }
         full = int((arrays["length"] == self.max_length).sum())
-        return Encoded(arrays, [f"{len(ids)} {split} questions, {full} as long as data.max_length"])
+        return Encoded(arrays, warnings={f"{split} questions are as long as data.max_length": full})
 
     def collate(self, store: Store) -> EncoderCollate:
         segments, pad = "token_type_ids" in self.tokenizer.model_input_names, self.tokenizer.pad_token_id

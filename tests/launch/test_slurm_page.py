@@ -47,7 +47,7 @@ def write_parquet(source: Path, folder: Path) -> None:
     """SQuAD as the hub has it: one Parquet file per split."""
     from datasets import Dataset
 
-    from plainloop.data.readers.squad import read_squad
+    from plainloop.data.readers.examples import read_examples
 
     (folder / "data").mkdir(parents=True)
     for split, file in (("train", "train-v2.0.json"), ("validation", "dev-v2.0.json")):
@@ -58,6 +58,6 @@ def write_parquet(source: Path, folder: Path) -> None:
                     "text": [a.text for a in e.answers], "answer_start": [a.start for a in e.answers],
                 },
             }
-            for e in read_squad(source / file)
+            for e in read_examples(source / file)
         ]  # fmt: skip
         Dataset.from_list(rows).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")

@@ -16,7 +16,7 @@ from pathlib import Path
 from plainloop.data.demo import write_demo, write_text_demo
 from plainloop.data.processes import end_with_parent
 from plainloop.data.readers.causalqa import SEPARATOR, TextOptions, read_text
-from plainloop.data.readers.squad import read_squad
+from plainloop.data.readers.examples import read_examples
 from plainloop.models.tiny_t5 import write_tiny_t5
 from plainloop.trainer.config.command_options import DemoConfig
 from plainloop.trainer.errors import InputError
@@ -148,7 +148,7 @@ def show(run_dir: Path, dev: Path, count: int = 6) -> None:
     predictions = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     print("\nSome predictions:")
-    examples = sorted(read_squad(dev)[: 5 * count], key=lambda e: not e.answers)
+    examples = sorted(read_examples(dev)[: 5 * count], key=lambda e: not e.answers)
     for example in examples[: count - 2] + examples[-2:]:
         gold = example.answers[0].text if example.answers else "(unanswerable)"
         print(

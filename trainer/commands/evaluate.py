@@ -10,17 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plainloop.data.readers.causalqa import TextOptions, data_files, is_squad, read_text
-from plainloop.data.readers.squad import read_json, read_squad
+from plainloop.data.readers.causalqa import TextOptions, data_files, is_causalqa, read_text
+from plainloop.data.readers.examples import Examples, ReadOptions
+from plainloop.data.readers.files import read_json
 from plainloop.trainer.config.command_options import ScoreConfig, ScoreTextConfig
 from plainloop.trainer.config.options import TextConfig, TrainConfig
-from plainloop.trainer.config.parse import from_dict
+from plainloop.trainer.config.parse import flatten, from_dict
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.tasks.metrics import causalqa_scores, squad_scores
+from plainloop.trainer.tasks.normalize import metric_rules
 
 # Options of evaluate that only some tasks use, and what train calls them.
 TASK_OPTION_OF = {
+    "columns": "data.columns",
+    "ambiguous": "data.ambiguous",
+    "metric": "evaluation.metric",
+    "language": "evaluation.language",
     "max_length": "data.max_length",
     "stride": "data.stride",
     "text": "text",
@@ -29,12 +35,19 @@ TASK_OPTION_OF = {
     "null_threshold": "evaluation.null_threshold",
     "num_best": "evaluation.num_best",
 }
+# Options that have an effect on the scores of a predictions file.
+USED_FOR_SQUAD = {"columns", "null_odds", "na_prob_thresh", "strict", "metric", "language"}
+USED_FOR_CAUSALQA = {"text.dataset", "text.split", "rouge_bootstrap"}
 
 
 def score(config: ScoreConfig) -> dict[str, float] | None:
     """All ranks. Metrics on rank 0, None elsewhere. Raises InputError."""
     if not config.data or bool(config.model) == bool(config.predictions):
         raise InputError("evaluate needs --data FILE, and either --model FOLDER or --predictions FILE.")
+    if config.language != "en" and config.metric == "squad":
+        raise InputError("--language: no effect with --metric squad; leave it out, or choose --metric mlqa.")
+    if config.na_prob_thresh != 1.0 and not config.null_odds:
+        raise InputError("--na_prob_thresh: no effect without --null_odds FILE.")
     if config.predictions:
         return score_predictions(config)
     if config.null_odds or config.strict:
@@ -42,16 +55,26 @@ def score(config: ScoreConfig) -> dict[str, float] | None:
     return score_model(config)
 
 
+def refuse_unused(config: ScoreConfig, used: Collection[str], why: str) -> None:
+    """Raise InputError for options that are set but have no effect."""
+    values, default = (flatten(dataclasses.asdict(c)) for c in (config, ScoreConfig()))
+    if given := [f"--{name}" for name in values if name not in used and values[name] != default[name]]:
+        raise InputError(f"{', '.join(given)}: no effect with {why}; leave it out.")
+
+
 def score_predictions(config: ScoreConfig) -> dict[str, float]:
     """Score a predictions file. SQuAD: {id: text}; a missing id counts as empty, with a warning."""
-    if config.out_dir:
-        raise InputError("--out_dir needs --model; the metrics of --predictions are printed.")
     files = data_files(config.data or "", "valid", text_options(config.text))
-    if not is_squad(files[0]):
+    causalqa = is_causalqa(files[0])
+    used = USED_FOR_CAUSALQA if causalqa else USED_FOR_SQUAD
+    kind = "--predictions for CausalQA" if causalqa else "--predictions"
+    refuse_unused(config, {"data", "predictions", *used}, kind)
+    if causalqa:
         return score_text_predictions(config, files)
-    if len(files) > 1 or config.rouge_bootstrap:
-        raise InputError("SQuAD takes one --data file, and --rouge_bootstrap is for CausalQA.")
-    examples = read_squad(files[0])
+    read = Examples(files, ReadOptions(config.columns, locate=False))
+    examples = list(read)
+    for note in read.notes:
+        print(note, file=sys.stderr)
     predictions = _read_map(str(config.predictions), str, "text")
     ids = {example.id for example in examples}
     missing, unknown = ids - set(predictions), set(predictions) - ids
@@ -64,13 +87,15 @@ def score_predictions(config: ScoreConfig) -> dict[str, float]:
     if unknown:
         _warn(f"{len(unknown)} predictions match no question in {config.data}; they are ignored")
     odds = _read_map(config.null_odds, (int, float), "number") if config.null_odds else None
-    return squad_scores(examples, predictions, score_diff=odds)
+    if odds is not None and (without := ids - set(odds)):
+        raise InputError(f"{config.null_odds}: {len(without)} ids have no score, first {sorted(without)[0]}.")
+    rules = metric_rules(config.metric, config.language)
+    threshold = config.na_prob_thresh
+    return squad_scores(examples, predictions, score_diff=odds, threshold=threshold, rules=rules)
 
 
 def score_text_predictions(config: ScoreConfig, files: list[str]) -> dict[str, float]:
     """Score CausalQA predictions: a list in row order, an object with one as `predictions`, or {id: text}."""
-    if config.null_odds:
-        raise InputError("--null_odds is for SQuAD; CausalQA has no unanswerable questions.")
     examples = read_text(files, text_options(config.text))
     path = Path(str(config.predictions))
     if not path.is_file():
@@ -160,12 +185,14 @@ def as_trained(path: str, config: ScoreConfig) -> TrainConfig:
         model=replace(base.model, path=path, compile=False, activation_checkpointing=False),
         data=replace(
             base.data, train=None, dev=None, limit=None, cache_dir=config.cache_dir,
+            columns=config.columns, ambiguous=config.ambiguous,
             **{name: value for name, value in chosen.items() if value is not None},
         ),
         text=merged(trained.get("text", {}), config.text),
         evaluation=replace(
             base.evaluation, max_answer_length=config.max_answer_length,
             null_threshold=config.null_threshold, num_best=config.num_best,
+            metric=config.metric, language=config.language,
         ),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from plainloop.data.readers.squad import read_squad
+from plainloop.data.readers.examples import Examples
 from plainloop.trainer.config.command_options import FetchConfig
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import MANIFEST, describe_file, file_fault, sha256
@@ -222,7 +222,8 @@ def _hints(final: Path, kind: str) -> list[str]:
     lines = []
     for split in sorted(path for path in final.iterdir() if path.is_dir()):
         try:
-            lines.append(f"  {split}: {len(read_squad(split))} questions (--data.train, --data.dev)")
+            count = sum(1 for _ in Examples([str(split)]))
+            lines.append(f"  {split}: {count} questions (--data.train, --data.dev)")
         except InputError as error:
             lines.append(f"  WARNING: {split}: can't be used for training: {str(error).splitlines()[0]}")
     return lines

@@ -52,7 +52,13 @@ class ScoreConfig:
         None, "score nothing; print mean and standard deviation over these run folders (or --out_dir folders)"
     )
     data: list[str] | str | None = option(
-        None, "SQuAD JSON, or a folder saved by `datasets`; text models: also CausalQA CSV, JSONL or folder"
+        None, "the questions and answers: a file, a quoted pattern, a folder or a list, as in train"
+    )
+    columns: dict[str, str] = option(
+        dict, 'columns of the data with other names, as in train: "{question: query, context: passage}"'
+    )
+    ambiguous: Literal["error", "skip", "first"] = option(
+        "error", "with --model, what to do with an answer that can't be located, as in train"
     )
     model: str | None = option(None, "checkpoint folder, run folder (uses its best checkpoint), or Hub name")
     task: str | None = option(
@@ -62,7 +68,18 @@ class ScoreConfig:
     predictions: str | None = option(
         None, "score this file instead of a model: {id: text}, or for CausalQA a list of texts in row order"
     )
-    null_odds: str | None = option(None, "file {id: score} to go with predictions, for the best_* metrics")
+    null_odds: str | None = option(
+        None, "file {id: score} to go with predictions, for the metrics best_* and pr_*"
+    )
+    na_prob_thresh: float = option(
+        1.0, "with null_odds: a question with a higher score counts as predicted unanswerable"
+    )
+    metric: Literal["squad", "mlqa"] = option(
+        "squad", "how answers are compared: by SQuAD's rules for English, or by MLQA's for the language"
+    )
+    language: Literal["ar", "de", "en", "es", "hi", "vi", "zh"] = option(
+        "en", "with metric mlqa: language of the answers"
+    )
     strict: bool = option(False, "treat an id without a prediction as an error, not as an empty prediction")
     out_dir: str | None = option(None, "output folder for metrics.json and the files with the predictions")
     max_length: int | None = option(None, "tokens per window; default: as in training, else 384")

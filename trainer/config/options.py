@@ -48,11 +48,21 @@ class DataConfig:
 
     train: list[str] | str | None = option(
         None,
-        "training data: SQuAD JSON, or a folder saved by `datasets`; with task text also CausalQA CSV or"
-        " JSONL, a list of files, or a CausalQA folder",
+        "training data: SQuAD or MRQA JSON, JSONL, CSV, TSV, Parquet, Label Studio's JSON, or a folder saved"
+        " by `datasets`; a file, a quoted pattern, a folder, or a list; with task text also CausalQA",
     )
     dev: list[str] | str | None = option(
         None, "evaluation data, in the same formats; without it, nothing is evaluated"
+    )
+    columns: dict[str, str] = option(
+        dict,
+        "columns of your data, for those of question, context, answer, answer_start and id that have other"
+        ' names: "{question: query, context: passage}"',
+    )
+    ambiguous: Literal["error", "skip", "first"] = option(
+        "error",
+        "an answer without answer_start that occurs several times in its context, or not at all: stop with an"
+        " error, leave the record out, or use the first occurrence",
     )
     limit: int | None = option(
         None, "train on this many random questions, the same for every seed", minimum=1
@@ -143,6 +153,12 @@ class EvaluationConfig:
     max_answer_length: int = option(30, "maximum length of an answer, in tokens", minimum=1)
     null_threshold: float = option(0.0, "predict '' if null score - best score exceeds this")
     num_best: int = option(0, "candidates per question in nbest_predictions.json; 0: no such file", minimum=0)
+    metric: Literal["squad", "mlqa"] = option(
+        "squad", "how answers are compared: by SQuAD's rules for English, or by MLQA's for the language"
+    )
+    language: Literal["ar", "de", "en", "es", "hi", "vi", "zh"] = option(
+        "en", "with metric mlqa: language of the answers"
+    )
     best_metric: str = option("f1", "metric for RUN/best; higher is better unless its name ends in 'loss'")
     early_stopping: int = option(
         0, "stop after this many evaluations without an improvement of best_metric; 0: never", minimum=0

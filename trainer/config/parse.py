@@ -107,11 +107,14 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
 
 
+DICT_OPTIONS = {"columns", "data.columns"}  # options that are dictionaries, not sections
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'optim': {'lr': 1}} -> {'optim.lr': 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + key not in DICT_OPTIONS:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + spelled(key)] = plain(value)

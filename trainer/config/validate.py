@@ -25,7 +25,8 @@ FREE_ON_RESUME = {
 # Options that only some tasks use. A task names those that it uses; the others have no effect with it.
 TASK_OPTIONS = (
     "text", "model.attention_dropout", "data.max_length", "data.stride", "evaluation.max_answer_length",
-    "evaluation.null_threshold", "evaluation.num_best",
+    "evaluation.null_threshold", "evaluation.num_best", "evaluation.metric", "evaluation.language",
+    "data.columns", "data.ambiguous",
 )  # fmt: skip
 
 
@@ -40,6 +41,8 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
     faults += _without_effect(config, unused, f"task {config.task}")
     if config.optim.name == "adafactor":
         faults += _without_effect(config, ["optim.betas", "optim.eps"], "adafactor")
+    if config.evaluation.metric == "squad":
+        faults += _without_effect(config, ["evaluation.language"], "evaluation.metric squad")
     if (metric := config.evaluation.best_metric) not in metric_names:
         faults.append(f"evaluation.best_metric is {metric}, but must be one of {', '.join(metric_names)}")
     if config.evaluation.early_stopping and not config.data.dev:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -19,6 +21,7 @@ from plainloop.data import store as stores
 from plainloop.data.loader import Collate, Steps
 from plainloop.data.samplers import Sampler, few_widths, subset
 from plainloop.data.store import FEATURES_VERSION, Store
+from plainloop.data.tokenise import in_chunks
 from plainloop.models.cpu_dropout import speed_up_dropout
 from plainloop.models.load import checkpoint_activations, save_network
 from plainloop.models.position_bias import share_position_bias
@@ -31,13 +34,14 @@ from plainloop.trainer.tasks.evaluation import EvaluationSettings, Interrupted, 
 
 
 class Encoded(NamedTuple):
-    """Features of a split. arrays: `length` (N,), `example` (N,), and flat arrays such as `input_ids` (see
-    Store). report: lines for the log; what was truncated begins with "warning:". meta: kept in store.meta.
+    """Features of some examples. arrays: `length` (N,) of the rows, `example` (N,), the index of each row's
+    example, and flat arrays such as `input_ids` (see Store). counts: summed over all examples, and kept as
+    store.meta["counts"]. warnings: what was truncated or dropped, and how often; they go to the log.
     """
 
     arrays: dict[str, np.ndarray]
-    report: list[str]
-    meta: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    warnings: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,16 @@ class Task(Protocol):
     def files(self, path: str | Sequence[str], split: str) -> list[str]:
         """Resolve data.train or data.dev to files or folders. split: "train" or "dev". Raises InputError."""
 
-    def read(self, files: list[str]) -> list[Any]:
-        """Read the examples, each with an `id`. Raises InputError for a bad record."""
+    def read(self, files: list[str]) -> Iterable[Any]:
+        """Read the examples, each with an `id`; a stream will do. Its `notes`, if any, go to the log.
+        Raises InputError for a bad record.
+        """
 
     def metrics(self, store: Store) -> list[str]:
         """Those of metric_names that `evaluate` returns for this data."""
 
     def encode(self, examples: Sequence[Any], split: str) -> Encoded:
-        """Tokenise. Rows of one example are adjacent; array `example` holds its index."""
+        """Tokenise some of the examples, in any of several processes. Rows of one example are adjacent."""
 
     def collate(self, store: Store) -> Collate:
         """Make batches of rows: the inputs of the network and the labels of the loss."""
@@ -108,17 +114,39 @@ def load_split(
     folder = stores.cache_folder(config.data.cache_dir) / _store_name(task, split, files, config, limit)
     if not world.is_main:
         return Dataset(files, limit, stores.wait_for(folder))
-    examples: list[Any] = []
+    # Read the dev data now, so that the file may move during the run. Train data is streamed.
+    read = task.read(files)
+    examples = list(read) if split == "dev" else []
 
-    def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        read = examples or task.read(files)
-        kept = [read[i] for i in subset(len(read), limit)]
-        encoded = task.encode(kept, split)
-        return encoded.arrays, {"examples": len(kept), "report": encoded.report, **encoded.meta}
+    def fill(writer: stores.Writer) -> dict[str, Any]:
+        chosen: Iterable[Any] = examples or read
+        if limit is not None:
+            everything = list(chosen)
+            chosen = [everything[i] for i in subset(len(everything), limit)]
+        meta = _encode(task, split, chosen, writer, tokenising_processes(config))
+        return {**meta, "report": [*getattr(read, "notes", []), *meta["report"]]}
 
-    if split == "dev":  # read now, so that the file may move during the run
-        examples = task.read(files)
-    return Dataset(files, limit, stores.build(folder, make), examples)
+    return Dataset(files, limit, stores.build(folder, fill), examples)
+
+
+def _encode(
+    task: Task, split: str, examples: Iterable[Any], writer: stores.Writer, processes: int
+) -> dict[str, Any]:
+    """Write the features of all examples. Return the store's meta data."""
+    read, counts, warnings = 0, Counter[str](), Counter[str]()
+    lengths = []
+    for number, encoded in in_chunks(functools.partial(task.encode, split=split), examples, processes):
+        writer.append({**encoded.arrays, "example": encoded.arrays["example"] + np.int32(read)})
+        lengths.append(encoded.arrays["length"])
+        read += number
+        counts.update(encoded.counts)
+        warnings.update(encoded.warnings)
+    rows = np.concatenate(lengths)
+    without = f" ({counts['NoAns']} unanswerable)" if counts["NoAns"] else ""
+    size = f"{rows.min()} to {rows.max()} tokens, median {np.median(rows):.0f}"
+    line = f"{read} questions{without} -> {len(rows)} rows of {size}"
+    report = [line, *(f"warning: {number} {what}" for what, number in warnings.items() if number)]
+    return {"examples": read, "counts": counts, "report": report}
 
 
 def require_metric(task: Task, dataset: Dataset, name: str) -> None:
@@ -168,7 +196,7 @@ def tokenising_processes(config: TrainConfig) -> int:
 
 def record_ids(task: Task, dataset: Dataset, rows: np.ndarray) -> list[str]:
     """Ids of the training records behind these rows. Reads the files again."""
-    examples = task.read(dataset.files)
+    examples = list(task.read(dataset.files))
     kept = subset(len(examples), dataset.limit)
     return list(dict.fromkeys(examples[kept[i]].id for i in dataset.store.arrays["example"][rows]))
 

@@ -7,35 +7,24 @@ package.
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from plainloop.data.types import Example
+from plainloop.trainer.tasks.normalize import SQUAD, Rules, normalize_answer
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 ROUGE_FIELDS = {"precision": "precision", "recall": "recall", "f1": "fmeasure"}  # ours -> rouge_score's
 SQUAD_METRICS = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1")
 CAUSALQA_METRICS = ("f1", "em", *(f"rougeL_{name}" for name in ROUGE_FIELDS))
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@lru_cache(maxsize=1 << 16)
-def normalize_answer(text: str) -> str:
-    """Lower-case, remove ASCII punctuation, remove articles, collapse whitespace, in this order."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def exact_match(gold: str, predicted: str) -> int:
-    return int(normalize_answer(gold) == normalize_answer(predicted))
+# Of the curves of precision and recall over all thresholds: the official script's average precision.
+PRECISION_RECALL_METRICS = ("pr_exact_ap", "pr_f1_ap", "pr_oracle_ap")
+THRESHOLD_METRICS = ("best_exact", "best_f1", *PRECISION_RECALL_METRICS)
 
 
 def token_f1(gold: str, predicted: str) -> float:
-    """F1 over bags of normalised tokens. If either side is empty: 1 if both are, else 0."""
-    gold_tokens, predicted_tokens = normalize_answer(gold).split(), normalize_answer(predicted).split()
+    """F1 over bags of the tokens of two normalised texts. If either side is empty: 1 if both are, else 0."""
+    gold_tokens, predicted_tokens = gold.split(), predicted.split()
     if not gold_tokens or not predicted_tokens:
         return int(gold_tokens == predicted_tokens)
     if set(gold_tokens).isdisjoint(predicted_tokens):
@@ -56,46 +45,68 @@ def squad_metrics(counts: Mapping[str, int]) -> list[str]:
     return [name for name in SQUAD_METRICS if counts.get(name.partition("_")[0], 1)]
 
 
+def threshold_metrics(counts: Mapping[str, int]) -> list[str]:
+    """Those of THRESHOLD_METRICS that `squad_scores` computes, given score_diff."""
+    return [name for name in THRESHOLD_METRICS if counts["HasAns"] or name not in PRECISION_RECALL_METRICS]
+
+
 def squad_scores(
     examples: Sequence[Example],
     predictions: Mapping[str, str],
     *,
     score_diff: Mapping[str, float] | None = None,
     best_texts: Mapping[str, str] | None = None,
+    threshold: float | None = None,
+    rules: Rules = SQUAD,
 ) -> dict[str, float]:
     """Compute the official metrics, in the official order.
 
-    predictions: id -> text ("" means unanswerable; a missing id counts as ""). score_diff (id -> null score -
-    best score) adds best_exact and best_f1 over all thresholds, judged on best_texts (default: predictions).
+    predictions: id -> text ("" means unanswerable; a missing id counts as ""). score_diff: id -> null score -
+    best score, of every example; its order decides between equal ones. It adds best_exact, best_f1 and the
+    average precisions, over all thresholds, judged on best_texts (default: predictions). threshold: a
+    question whose score_diff exceeds it counts as predicted unanswerable, but not in what score_diff adds.
     """
-    exact, f1 = _per_question(examples, predictions)
-    scores = _averages("", exact, f1, [e.id for e in examples])
-    for prefix, answerable in (("HasAns_", True), ("NoAns_", False)):
-        ids = [e.id for e in examples if bool(e.answers) == answerable]
-        if ids:
-            scores |= _averages(prefix, exact, f1, ids)
+    exact, f1 = _per_question(examples, predictions, rules)
+    answerable = {e.id: bool(e.answers) for e in examples}
+    kept_exact, kept_f1 = (_below(values, answerable, score_diff, threshold) for values in (exact, f1))
+    scores = _averages("", kept_exact, kept_f1, list(answerable))
+    for prefix, kind in (("HasAns_", True), ("NoAns_", False)):
+        if ids := [i for i, has_answer in answerable.items() if has_answer == kind]:
+            scores |= _averages(prefix, kept_exact, kept_f1, ids)
     if score_diff is not None:
-        texts = predictions if best_texts is None else best_texts
-        raw = dict(
-            zip(("exact", "f1"), _per_question(examples, texts) if best_texts else (exact, f1), strict=True)
-        )
-        for name, values in raw.items():
-            scores[f"best_{name}"], scores[f"best_{name}_thresh"] = _best(examples, values, texts, score_diff)
+        if best_texts is not None:
+            exact, f1 = _per_question(examples, best_texts, rules)
+        odds = {i: value for i, value in score_diff.items() if i in answerable}
+        scores |= _over_thresholds(answerable, exact, f1, best_texts or predictions, odds)
     return scores
 
 
 def _per_question(
-    examples: Sequence[Example], predictions: Mapping[str, str]
+    examples: Sequence[Example], predictions: Mapping[str, str], rules: Rules
 ) -> tuple[dict[str, float], dict[str, float]]:
     exact: dict[str, float] = {}
     f1: dict[str, float] = {}
     for example in examples:
-        golds = {normalize_answer(a.text) for a in example.answers} - {""} or {""}
-        predicted = predictions.get(example.id, "")
-        exact[example.id] = int(normalize_answer(predicted) in golds)
-        # An exact match has an F1 of exactly 1. Normalising the golds again changes nothing.
-        f1[example.id] = exact[example.id] or max(token_f1(gold, predicted) for gold in golds)
+        golds = rules.golds(example)
+        predicted = rules.normalize(predictions.get(example.id, ""))
+        exact[example.id] = int(predicted in golds)
+        if not predicted and example.answers and not rules.empty_f1:
+            f1[example.id] = 0
+        else:  # an exact match has an F1 of exactly 1
+            f1[example.id] = exact[example.id] or max(token_f1(gold, predicted) for gold in golds)
     return exact, f1
+
+
+def _below(
+    values: dict[str, float],
+    answerable: Mapping[str, bool],
+    score_diff: Mapping[str, float] | None,
+    threshold: float | None,
+) -> dict[str, float]:
+    """The scores, but of questions whose score_diff exceeds the threshold: that of the answer ""."""
+    if score_diff is None or threshold is None:
+        return values
+    return {i: float(not answerable[i]) if score_diff[i] > threshold else v for i, v in values.items()}
 
 
 def _averages(
@@ -108,8 +119,29 @@ def _averages(
     }
 
 
+def _over_thresholds(
+    answerable: Mapping[str, bool],
+    exact: dict[str, float],
+    f1: dict[str, float],
+    texts: Mapping[str, str],
+    score_diff: Mapping[str, float],
+) -> dict[str, float]:
+    """What the official script computes from all thresholds on score_diff. Ties are in its order."""
+    scores: dict[str, float] = {}
+    ids = sorted(score_diff, key=lambda i: score_diff[i])
+    for name, values in (("exact", exact), ("f1", f1)):
+        best = _best(ids, answerable, values, texts, score_diff)
+        scores[f"best_{name}"], scores[f"best_{name}_thresh"] = best
+    if any(answerable.values()):
+        oracle = {i: float(has_answer) for i, has_answer in answerable.items()}
+        for name, values in (("exact", exact), ("f1", f1), ("oracle", oracle)):
+            scores[f"pr_{name}_ap"] = _average_precision(ids, answerable, values, score_diff)
+    return scores
+
+
 def _best(
-    examples: Sequence[Example],
+    ids: Sequence[str],
+    answerable: Mapping[str, bool],
     raw: dict[str, float],
     texts: Mapping[str, str],
     score_diff: Mapping[str, float],
@@ -118,14 +150,28 @@ def _best(
 
     Start with "" for every question, then switch questions to their predicted text in order of score_diff.
     """
-    answerable = {e.id: bool(e.answers) for e in examples}
     current: float = sum(not value for value in answerable.values())
     best, threshold = current, 0.0
-    for i in sorted(answerable, key=lambda i: score_diff.get(i, 0.0)):
+    for i in ids:
         current += raw[i] if answerable[i] else (-1 if texts.get(i) else 0)
         if current > best:
-            best, threshold = current, score_diff.get(i, 0.0)
+            best, threshold = current, score_diff[i]
     return 100.0 * best / len(answerable), threshold
+
+
+def _average_precision(
+    ids: Sequence[str], answerable: Mapping[str, bool], raw: dict[str, float], score_diff: Mapping[str, float]
+) -> float:
+    """Area under the curve of precision over recall, as a sum of steps; questions with equal score_diff are
+    answered together. A partly right answer counts as its score in both.
+    """
+    total, correct, recall, area = sum(answerable.values()), 0.0, 0.0, 0.0
+    for count, i in enumerate(ids, start=1):
+        correct += raw[i] if answerable[i] else 0
+        if count == len(ids) or score_diff[i] != score_diff[ids[count]]:
+            area += correct / count * (correct / total - recall)
+            recall = correct / total
+    return 100.0 * area
 
 
 def causalqa_scores(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from plainloop.data.loader import EncoderCollate
-from plainloop.data.readers.squad import read_squad
+from plainloop.data.readers.examples import Examples, ReadOptions
+from plainloop.data.readers.files import find_files
 from plainloop.data.span_answers import Spans, answers, best_spans
 from plainloop.data.span_features import question_limit, span_windows
 from plainloop.data.store import Store
@@ -19,9 +19,17 @@ from plainloop.models.load import load_tokenizer
 from plainloop.models.spans import SpanModel, load_span_model, position_limit, span_loss_sum
 from plainloop.trainer.config.options import EvaluationConfig, TrainConfig
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.tasks.base import Dataset, Encoded, tokenising_processes
+from plainloop.trainer.tasks.base import Dataset, Encoded
 from plainloop.trainer.tasks.evaluation import EvaluationSettings, Scores, forward_rows
-from plainloop.trainer.tasks.metrics import SQUAD_METRICS, question_counts, squad_metrics, squad_scores
+from plainloop.trainer.tasks.metrics import (
+    SQUAD_METRICS,
+    THRESHOLD_METRICS,
+    question_counts,
+    squad_metrics,
+    squad_scores,
+    threshold_metrics,
+)
+from plainloop.trainer.tasks.normalize import metric_rules
 
 
 class SpanTask:
@@ -29,10 +37,13 @@ class SpanTask:
 
     uses: ClassVar[tuple[str, ...]] = (
         "model.attention_dropout", "data.max_length", "data.stride", "evaluation.max_answer_length",
-        "evaluation.null_threshold", "evaluation.num_best",
+        "evaluation.null_threshold", "evaluation.num_best", "evaluation.metric", "evaluation.language",
+        "data.columns", "data.ambiguous",
     )  # fmt: skip
-    metric_names: ClassVar[tuple[str, ...]] = (*SQUAD_METRICS, "best_exact", "best_f1", "loss")
-    feature_options: ClassVar[tuple[str, ...]] = ("data.max_length", "data.stride")
+    metric_names: ClassVar[tuple[str, ...]] = (*SQUAD_METRICS, *THRESHOLD_METRICS, "loss")
+    feature_options: ClassVar[tuple[str, ...]] = (
+        "data.max_length", "data.stride", "data.columns", "data.ambiguous",
+    )  # fmt: skip
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, path = config, config.model.path
@@ -42,41 +53,29 @@ class SpanTask:
         question_limit(self.tokenizer, max_length=config.data.max_length, stride=config.data.stride)
 
     def files(self, path: str | Sequence[str], split: str) -> list[str]:
-        if not isinstance(path, str):
-            raise InputError(f"{', '.join(path)}: task span takes one {split} file or folder.")
-        if not Path(path).exists():
-            raise InputError(f"{path}: no such file. Give a SQuAD JSON file or a folder saved by datasets.")
-        return [path]
+        return find_files(path, f"data.{split}")
 
-    def read(self, files: list[str]) -> list[Example]:
-        return read_squad(files[0])
+    def read(self, files: list[str]) -> Examples:
+        data = self.config.data
+        return Examples(files, ReadOptions(data.columns, data.ambiguous))
 
     def metrics(self, store: Store) -> list[str]:
-        return [*squad_metrics(store.meta["questions"]), "best_exact", "best_f1", "loss"]
+        counts = store.meta["counts"]
+        return [*squad_metrics(counts), *threshold_metrics(counts), "loss"]
 
     def encode(self, examples: Sequence[Example], split: str) -> Encoded:
         data = self.config.data
-        arrays = span_windows(
-            examples,
-            self.tokenizer,
-            max_length=data.max_length,
-            stride=data.stride,
-            processes=tokenising_processes(self.config),
-        )
+        arrays = span_windows(examples, self.tokenizer, max_length=data.max_length, stride=data.stride)
         answerable = np.array([bool(e.answers) for e in examples])
         found = np.zeros(len(examples), dtype=bool)
         found[arrays["example"][arrays["label"][:, 0] != arrays["cls"]]] = True
-        length, capped = arrays["length"], int(arrays.pop("capped").sum())
-        report = [
-            f"{len(examples)} questions ({int((~answerable).sum())} unanswerable) -> {len(length)} windows of"
-            f" {length.min()} to {length.max()} tokens, median {int(np.median(length))}"
-        ]
-        if cut := int(answerable.sum()) - int(found.sum()):
-            where = "" if split == "train" else " in the loss"
-            report.append(f"warning: {cut} answers do not fit into any window and count as no answer{where}")
-        if capped:
-            report.append(f"warning: {capped} questions are too long for a window and were truncated")
-        return Encoded(arrays, report, {"questions": question_counts(examples)})
+        where = "" if split == "train" else " in the loss"
+        lost = int((answerable & ~found).sum())
+        warnings = {
+            f"answers do not fit into any window and count as no answer{where}": lost,
+            "questions are too long for a window and were truncated": int(arrays.pop("capped").sum()),
+        }
+        return Encoded(arrays, question_counts(examples), warnings)
 
     def collate(self, store: Store) -> EncoderCollate:
         segments = "token_type_ids" in self.tokenizer.model_input_names
@@ -118,4 +117,5 @@ def score_spans(spans: Spans, examples: Sequence[Example], store: Store, options
     if options.num_best:
         files["nbest_predictions.json"] = {i: p.nbest for i, p in by_id.items()}
     best_texts = {i: p.best for i, p in by_id.items()}
-    return Scores(squad_scores(examples, texts, score_diff=odds, best_texts=best_texts), files)
+    rules = metric_rules(options.metric, options.language)
+    return Scores(squad_scores(examples, texts, score_diff=odds, best_texts=best_texts, rules=rules), files)

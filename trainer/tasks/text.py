@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from plainloop.data.loader import TextCollate
 from plainloop.data.readers.causalqa import (
+    TextExamples,
     TextOptions,
     data_files,
-    is_squad,
-    read_text,
+    is_causalqa,
     row_of_each_target,
 )
 from plainloop.data.samplers import subset
@@ -31,7 +31,7 @@ from plainloop.models.seq2seq import (
 )
 from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.tasks.base import Dataset, Encoded, tokenising_processes
+from plainloop.trainer.tasks.base import Dataset, Encoded
 from plainloop.trainer.tasks.evaluation import EvaluationSettings, Scores, forward_rows
 from plainloop.trainer.tasks.generation import generate_texts
 from plainloop.trainer.tasks.metrics import (
@@ -42,6 +42,7 @@ from plainloop.trainer.tasks.metrics import (
     squad_metrics,
     squad_scores,
 )
+from plainloop.trainer.tasks.normalize import SQUAD, Rules, metric_rules
 
 MAX_NEW_TOKENS = {True: 32, False: 100}  # SQuAD's answers are short
 
@@ -49,11 +50,11 @@ MAX_NEW_TOKENS = {True: 32, False: 100}  # SQuAD's answers are short
 class TextTask:
     """See base.Task."""
 
-    uses: ClassVar[tuple[str, ...]] = ("text",)
+    uses: ClassVar[tuple[str, ...]] = ("text", "data.columns", "evaluation.metric", "evaluation.language")
     metric_names: ClassVar[tuple[str, ...]] = (*SQUAD_METRICS, *CAUSALQA_METRICS, "loss")
     feature_options: ClassVar[tuple[str, ...]] = (
         "text.format", "text.null_target", "text.target", "text.target_column", "text.max_source_length",
-        "text.max_target_length", "text.stride",
+        "text.max_target_length", "text.stride", "data.columns",
     )  # fmt: skip
 
     def __init__(self, config: TrainConfig) -> None:
@@ -81,16 +82,19 @@ class TextTask:
 
     def files(self, path: str | Sequence[str], split: str) -> list[str]:
         files = data_files(path, {"train": "train", "dev": "valid"}[split], self.options)
+        causalqa = is_causalqa(files[0])
         if split == "train":
-            self._require_effect(is_squad(files[0]))
+            self._require_effect(not causalqa)
+        elif causalqa and self.config.evaluation.metric != "squad":
+            raise InputError("evaluation.metric has no effect on CausalQA data; leave it out.")
         return files
 
-    def read(self, files: list[str]) -> list[TextExample]:
-        return read_text(files, self.options)
+    def read(self, files: list[str]) -> TextExamples:
+        return TextExamples(files, self.options, self.config.data.columns)
 
     def metrics(self, store: Store) -> list[str]:
-        squad = store.meta["is_squad"]
-        return [*(squad_metrics(store.meta["questions"]) if squad else CAUSALQA_METRICS), "loss"]
+        counts = store.meta["counts"]
+        return [*(squad_metrics(counts) if counts["squad"] else CAUSALQA_METRICS), "loss"]
 
     def encode(self, examples: Sequence[TextExample], split: str) -> Encoded:
         training, squad = split == "train", examples[0].is_squad
@@ -102,27 +106,19 @@ class TextTask:
             max_source_length=self.text.max_source_length,
             max_target_length=self.text.max_target_length,
             stride=self.text.stride if windows else None,
-            processes=tokenising_processes(self.config),
         )
         if training:
             owner = np.repeat(np.arange(len(examples), dtype=np.int32), [len(e.targets) for e in examples])
             arrays["example"] = owner[arrays["example"]]
-        cut, target_cut = int(arrays.pop("cut").sum()), int(arrays.pop("target_cut").sum())
-        source, target = arrays["length"], arrays["target_length"]
-        report = [
-            f"{len(examples)} questions -> {len(source)} rows of {source.min()} to {source.max()} tokens,"
-            f" median {int(np.median(source))}; targets of {target.min()} to {target.max()},"
-            f" median {int(np.median(target))}"
-        ]
-        if cut:
-            done = "were split into windows" if windows else "were truncated"
-            report.append(f"warning: {cut} contexts are longer than text.max_source_length and {done}")
-        if target_cut:
-            report.append(
-                f"warning: {target_cut} targets are longer than text.max_target_length and were truncated"
-            )
-        questions = question_counts(_as_squad(examples))
-        return Encoded(arrays, report, {"is_squad": squad, "questions": questions})
+        done = "were split into windows" if windows else "were truncated"
+        warnings = {
+            f"contexts are longer than text.max_source_length and {done}": int(arrays.pop("cut").sum()),
+            "targets are longer than text.max_target_length and were truncated": int(
+                arrays.pop("target_cut").sum()
+            ),
+        }
+        counts = question_counts(_as_squad(examples)) | {"squad": len(examples) * squad}
+        return Encoded(arrays, counts, warnings)
 
     def collate(self, store: Store) -> TextCollate:
         limit = source_limit(self.network_config)
@@ -135,7 +131,8 @@ class TextTask:
         return token_loss_sum(logits, labels, label_smoothing=self.text.label_smoothing)
 
     def evaluate(self, model: nn.Module, dataset: Dataset, settings: EvaluationSettings) -> Scores:
-        store, squad, network = dataset.store, bool(dataset.store.meta["is_squad"]), cast(Seq2SeqModel, model)
+        store, network = dataset.store, cast(Seq2SeqModel, model)
+        squad = bool(store.meta["counts"]["squad"])
         collate, owner = self.collate(store), np.asarray(store.arrays["example"])
         first = np.flatnonzero(np.diff(owner, prepend=-1))  # the loss is that of the first window, as trained
         loss, _ = forward_rows(model, store, collate, token_loss_sum, settings, rows=first, name="loss")
@@ -158,7 +155,9 @@ class TextTask:
             return Scores()
         examples = [dataset.examples[i] for i in chosen]
         predictions = ["" if texts[int(i)] in nulls else texts[int(i)] for i in chosen]
-        metrics = score_texts(examples, predictions, bootstrap=settings.bootstrap) | {"loss": loss}
+        rules = metric_rules(settings.options.metric, settings.options.language)
+        scores = score_texts(examples, predictions, bootstrap=settings.bootstrap, rules=rules)
+        metrics = scores | {"loss": loss}
         results = {"checkpoint": settings.name, "metrics": metrics, "predictions": predictions}
         files: dict[str, object] = {"results.json": results}
         if squad:
@@ -184,13 +183,17 @@ class TextTask:
 
 
 def score_texts(
-    examples: Sequence[TextExample], predictions: Sequence[str], *, bootstrap: bool = False
+    examples: Sequence[TextExample],
+    predictions: Sequence[str],
+    *,
+    bootstrap: bool = False,
+    rules: Rules = SQUAD,
 ) -> dict[str, float]:
-    """SQuAD's official metrics (percent), or CausalQA's (fractions)."""
+    """SQuAD's official metrics (percent; by these rules), or CausalQA's (fractions)."""
     if not examples[0].is_squad:
         return causalqa_scores(predictions, [e.references for e in examples], bootstrap=bootstrap)
     by_id = {e.id: text for e, text in zip(examples, predictions, strict=True)}
-    return squad_scores(_as_squad(examples), by_id)
+    return squad_scores(_as_squad(examples), by_id, rules=rules)
 
 
 def _as_squad(examples: Sequence[TextExample]) -> list[Example]:
