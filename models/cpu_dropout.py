@@ -68,6 +68,9 @@ def attention(
         return plain_attention(
             module, query, key, value, attention_mask, position_bias, scaling=scaling, **kwargs
         )
+    if key.shape[1] != query.shape[1]:  # several query heads share a key head
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.matmul(
         query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2)
     )

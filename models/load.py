@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from plainloop.data.errors import InputError
+from plainloop.models.families import prepare, require_usable
 
 # Their feed-forward output exceeds 65,504, the largest fp16 number; under autocast nothing clamps it.
 OVERFLOWS_IN_FP16 = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
@@ -45,44 +47,74 @@ def load_config(path: str, **overrides: Any) -> Any:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(_cannot_load("model", path, error)) from None
     for key, value in overrides.items():
-        if not hasattr(config, key):
+        if not _set(config, key, value):
             raise InputError(
                 f"model.path {path}: {config.model_type} models have no '{key}'; remove that option."
             )
-        setattr(config, key, value)
     return config
 
 
-def load_network(auto_class: Any, path: str, *, head: str | tuple[str, ...] = (), **overrides: Any) -> Any:
+def _set(config: Any, key: str, value: Any) -> bool:
+    """Set a value of a config and of the configs inside it that have it. Return whether any has it."""
+    from transformers import PreTrainedConfig
+
+    inside = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    found = any([_set(part, key, value) for part in inside])
+    if hasattr(config, key):
+        setattr(config, key, value)
+        return True
+    return found
+
+
+def load_network(
+    auto_class: Any,
+    path: str,
+    *,
+    head: str | tuple[str, ...] | Callable[[Any], tuple[str, ...]] = (),
+    attention: str | None = None,
+    **overrides: Any,
+) -> Any:
     """`auto_class.from_pretrained(path)` in fp32 with config overrides; only a head may be newly initialised.
 
-    head: prefix of the parameters that may be new. Raises InputError if the model can't be loaded, or if
-    other weights are missing: an encoder with random layers would silently train.
+    head: prefixes of the parameters that may be new, or a function of the network that returns them.
+    attention: transformers' attn_implementation; None: its default. Raises InputError if the model can't be
+    loaded, or if other weights are missing: an encoder with random layers would silently train.
     """
     import torch
     from safetensors import SafetensorError
     from transformers.utils import logging
 
     local, config = is_local(path), load_config(path, **overrides)
+    require_usable(config, path)
+    prepare(config)
+    options = {} if attention is None else {"attn_implementation": attention}
     try:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
             network, info = auto_class.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=local
-            )
+                path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=local,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
         finally:
             logging.set_verbosity(verbosity)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if attention is not None and "ttention" in str(error):
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"model.attention {attention}: {reason}; leave it out, or choose eager."
+            ) from None
         raise InputError(_cannot_load("model", path, error)) from None
-    lost = sorted(key for key in info["missing_keys"] if not key.startswith(head))
-    if lost or info["mismatched_keys"]:
-        names = ", ".join(lost[:3]) or str(sorted(info["mismatched_keys"])[0])
+    prefixes = head(network) if callable(head) else head
+    wrong = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    new = sorted({*info["missing_keys"], *wrong})
+    if lost := [key for key in new if not key.startswith(prefixes)]:
         raise InputError(
-            f"model.path {path}: weights are missing or have the wrong shape ({names} ...); wrong folder?"
+            f"model.path {path}: weights are missing or have the wrong shape ({', '.join(lost[:3])} ...);"
+            " wrong folder?"
         )
-    network.new_parameters = sorted(info["missing_keys"])
+    network.new_parameters = new
     return network
 
 

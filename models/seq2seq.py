@@ -12,6 +12,7 @@ from torch.nn import functional
 from plainloop.data.errors import InputError
 from plainloop.data.types import IGNORE_INDEX
 from plainloop.models.cpu_dropout import MASK_TAKEN_AS_IT_IS
+from plainloop.models.families import extra_inputs
 from plainloop.models.load import OVERFLOWS_IN_FP16, load_config, load_network
 
 SPECIAL_TOKENS = [
@@ -32,7 +33,10 @@ class Seq2SeqModel(nn.Module):
         super().__init__()
         self.network = network
         self._scored: Tensor | None = None
-        network.get_output_embeddings().register_forward_pre_hook(self._pick)
+        head = network.get_output_embeddings()
+        if isinstance(head, nn.Embedding):  # FSMT: the decoder's input embedding
+            head = network.get_decoder().output_projection
+        head.register_forward_pre_hook(self._pick)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, scored: Tensor
@@ -53,6 +57,7 @@ class Seq2SeqModel(nn.Module):
                 decoder_input_ids=decoder_input_ids,
                 use_cache=False,
                 return_dict=True,
+                **extra_inputs(config, input_ids),
             )
         finally:
             self._scored = None
@@ -67,35 +72,36 @@ class Seq2SeqModel(nn.Module):
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._scored).unsqueeze(0),)
 
 
-def load_seq2seq_model(path: str, *, dropout: float | None = None) -> Seq2SeqModel:
+def load_seq2seq_model(
+    path: str, *, dropout: float | None = None, attention: str | None = None
+) -> Seq2SeqModel:
     """Load from a folder or hub name. dropout overrides the config. Raises InputError."""
     from transformers import AutoModelForSeq2SeqLM
 
     overrides: dict[str, Any] = {}
     if dropout is not None:
         config = load_config(path)
-        overrides = {"dropout_rate" if hasattr(config, "dropout_rate") else "dropout": dropout}
-    network = load_network(AutoModelForSeq2SeqLM, path, **overrides)
+        inner = config.encoder if config.model_type == "encoder-decoder" else config
+        names = ("dropout_rate", "dropout", "hidden_dropout_prob")
+        overrides = {next((name for name in names if hasattr(inner, name)), names[1]): dropout}
+    network = load_network(AutoModelForSeq2SeqLM, path, attention=attention, **overrides)
     if network.generation_config.decoder_start_token_id is None:
         network.generation_config.decoder_start_token_id = start_token(network.config, path)
     return Seq2SeqModel(network)
 
 
 def start_token(config: Any, path: str) -> int:
-    """The decoder's start token: the config's, or T5's convention. Raises InputError."""
+    """The decoder's start token: the config's, or T5's or T5Gemma's convention. Raises InputError."""
     token = getattr(config, "decoder_start_token_id", None)
+    if token is None and config.model_type in ("t5gemma", "t5gemma2"):
+        token = config.decoder.bos_token_id
     if token is None and config.model_type in OVERFLOWS_IN_FP16:  # T5 family: <pad>
         token = config.pad_token_id
     if token is None:
         raise InputError(f"model.path {path}: its config.json has no decoder_start_token_id; add it.")
+    if config.model_type == "encoder-decoder" and config.eos_token_id is None:
+        raise InputError(f"model.path {path}: its config.json has no eos_token_id; add it, or no text ends.")
     return int(token)
-
-
-def source_limit(config: Any) -> int:
-    """Maximum source length in tokens: BART's number of positions; T5's are relative, so it has no limit."""
-    if config.model_type in OVERFLOWS_IN_FP16:
-        return 2**31
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def token_loss_sum(logits: Tensor, labels: dict[str, Tensor], *, label_smoothing: float = 0.0) -> Tensor:
@@ -130,7 +136,9 @@ def generate(
         num_beams=num_beams,
         **{name: getattr(network.generation_config, name) for name in SPECIAL_TOKENS},
     )
-    ids: Tensor = network.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    source, mask = inputs["input_ids"], inputs["attention_mask"]
+    extra = extra_inputs(network.config, source)
+    ids: Tensor = network.generate(input_ids=source, attention_mask=mask, **extra)
     return ids[:, 1:]
 
 

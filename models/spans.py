@@ -11,20 +11,21 @@ from torch.nn import functional
 from plainloop.data.errors import InputError
 from plainloop.data.types import IGNORE_INDEX
 from plainloop.models.cpu_dropout import MASK_TAKEN_AS_IT_IS
-from plainloop.models.load import load_network
+from plainloop.models.families import extra_inputs, require_usable, takes_segments
+from plainloop.models.load import load_config, load_network
 
-HEAD = "qa_outputs"  # what transformers calls the start/end head in its *ForQuestionAnswering classes
-
-
+# Top-level modules that are heads, in networks whose base model is not a module of its own, such as T5's.
+HEADS = ("qa_outputs", "classifier", "score")
 # Encoders that use the padding mask only in attention. They get its final form, bool (B, 1, L, L): for a
 # (B, L) mask, transformers checks whether anything is masked, which is a host sync.
 PLAIN_ATTENTION = {"bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"}
 
 
 class SpanModel(nn.Module):
-    """A transformers *ForQuestionAnswering network (encoder without pooler) that returns only logits.
+    """A transformers network with a start/end head (without pooler) that returns only logits.
 
-    The parameters and their names are the same, so our checkpoints load in transformers and vice versa.
+    network: a *ForQuestionAnswering, or a *ForTokenClassification with two labels: start and end. The
+    parameters and their names are the same, so our checkpoints load in transformers and vice versa.
     """
 
     def __init__(self, network: Any) -> None:
@@ -35,37 +36,72 @@ class SpanModel(nn.Module):
         """inputs: (B, L) int64 -> start and end logits (B, L, 2), fp32; the lowest number at padding."""
         visible = inputs["attention_mask"] != 0
         config = self.network.config
+        inputs |= extra_inputs(config, inputs["input_ids"])
         if config.model_type in PLAIN_ATTENTION and config._attn_implementation in MASK_TAKEN_AS_IT_IS:
             length = visible.shape[1]
             inputs = {**inputs, "attention_mask": visible[:, None, None, :].expand(-1, 1, length, -1)}
         output = self.network(**inputs, return_dict=True)
-        logits = torch.stack([output.start_logits, output.end_logits], dim=-1).float()
+        if "start_logits" in output:
+            logits = torch.stack([output.start_logits, output.end_logits], dim=-1).float()
+        else:
+            logits = output.logits.float()
         return logits.masked_fill(~visible.unsqueeze(-1), torch.finfo(torch.float32).min)
 
 
+def span_class(config: Any, path: str) -> Any:
+    """The auto class that makes a span model of this config, and later loads it: the one for question
+    answering, else the one for token classification. Raises InputError if transformers has neither.
+    """
+    from transformers import (
+        MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        AutoModelForQuestionAnswering,
+        AutoModelForTokenClassification,
+    )
+
+    require_usable(config, path)
+    if type(config) in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+        return AutoModelForQuestionAnswering
+    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return AutoModelForTokenClassification
+    raise InputError(
+        f"model.path {path}: transformers has no question-answering or token-classification class for a"
+        f" {config.model_type}; use another encoder, such as BERT, RoBERTa, DeBERTa or ModernBERT."
+    )
+
+
 def load_span_model(
-    path: str, *, new_head: bool, dropout: float | None = None, attention_dropout: float | None = None
+    path: str,
+    *,
+    new_head: bool,
+    dropout: float | None = None,
+    attention_dropout: float | None = None,
+    attention: str | None = None,
 ) -> SpanModel:
     """Load from a folder or hub name. new_head: the head may be missing. Dropouts override the config."""
-    from transformers import AutoModelForQuestionAnswering
+    from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING
 
-    overrides = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    network = load_network(AutoModelForQuestionAnswering, path, head=HEAD if new_head else (), **overrides)
-    if not hasattr(network, HEAD) or getattr(network, HEAD).out_features != 2:
-        raise InputError(
-            f"model.path {path}: {type(network).__name__} has no two-column start/end head ({HEAD}); "
-            "use an encoder such as BERT, RoBERTa, ELECTRA or DeBERTa."
-        )
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
+    overrides: dict[str, Any] = {key: value for key, value in dropouts.items() if value is not None}
+    config = load_config(path)
+    auto_class, head = span_class(config, path), _head if new_head else ()
+    if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:  # else not written: two is the default
+        overrides |= {"id2label": {0: "start", 1: "end"}, "label2id": {"start": 0, "end": 1}}
+    network = load_network(auto_class, path, head=head, attention=attention, num_labels=2, **overrides)
     return SpanModel(network)
 
 
-def position_limit(config: Any) -> int:
-    """Maximum input length in tokens. The RoBERTa family numbers its positions from pad_token_id + 1."""
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
-    if not getattr(config, "position_biased_input", True):  # DeBERTa: relative positions only
-        return 2**31
-    return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+def _head(network: Any) -> tuple[str, ...]:
+    """Prefixes of the parameters outside the base model."""
+    children = [name for name, _ in network.named_children()]
+    base = network.base_model_prefix
+    return tuple(f"{c}." for c in children if (c != base if base in children else c in HEADS))
+
+
+def use_segments(path: str) -> bool:
+    """Whether the model in this folder takes token_type_ids. Raises InputError."""
+    config = load_config(path)
+    return takes_segments(span_class(config, path)._model_mapping[type(config)], config)
 
 
 def span_loss_sum(logits: Tensor, labels: dict[str, Tensor]) -> Tensor:

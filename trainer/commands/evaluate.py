@@ -182,7 +182,9 @@ def as_trained(path: str, config: ScoreConfig) -> TrainConfig:
     return replace(
         base,
         task=config.task or recorded,
-        model=replace(base.model, path=path, compile=False, activation_checkpointing=False),
+        model=replace(
+            base.model, path=path, compile=False, activation_checkpointing=False, attention=None
+        ),
         data=replace(
             base.data, train=None, dev=None, limit=None, cache_dir=config.cache_dir,
             columns=config.columns, ambiguous=config.ambiguous,

@@ -34,6 +34,9 @@ class ModelConfig:
     attention_dropout: float | None = option(
         None, "override the attention dropout of the model config", minimum=0, below=1
     )
+    attention: str | None = option(
+        None, "attention of transformers: eager, sdpa, flash_attention_2, ...; default: its choice"
+    )
     activation_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, a third slower"
     )

@@ -15,8 +15,9 @@ from plainloop.data.span_answers import Spans, answers, best_spans
 from plainloop.data.span_features import question_limit, span_windows
 from plainloop.data.store import Store
 from plainloop.data.types import Example
+from plainloop.models.families import span_limit
 from plainloop.models.load import load_tokenizer
-from plainloop.models.spans import SpanModel, load_span_model, position_limit, span_loss_sum
+from plainloop.models.spans import SpanModel, load_span_model, span_loss_sum, use_segments
 from plainloop.trainer.config.options import EvaluationConfig, TrainConfig
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.tasks.base import Dataset, Encoded
@@ -48,8 +49,7 @@ class SpanTask:
     def __init__(self, config: TrainConfig) -> None:
         self.config, path = config, config.model.path
         self.tokenizer = load_tokenizer(path)
-        if self.tokenizer.cls_token_id is None:
-            raise InputError(f"model.path {path}: its tokenizer has no CLS token; use an encoder.")
+        self.segments = use_segments(path) and "token_type_ids" in self.tokenizer.model_input_names
         question_limit(self.tokenizer, max_length=config.data.max_length, stride=config.data.stride)
 
     def files(self, path: str | Sequence[str], split: str) -> list[str]:
@@ -78,15 +78,16 @@ class SpanTask:
         return Encoded(arrays, question_counts(examples), warnings)
 
     def collate(self, store: Store) -> EncoderCollate:
-        segments = "token_type_ids" in self.tokenizer.model_input_names
-        return EncoderCollate(store, self.tokenizer.pad_token_id, self.config.data.max_length, segments)
+        pad = self.tokenizer.pad_token_id or 0  # GPT-2 has none; any other will do, since it is masked
+        return EncoderCollate(store, pad, self.config.data.max_length, self.segments)
 
     def load_model(self, path: str) -> SpanModel:
         options, length = self.config.model, self.config.data.max_length
         model = load_span_model(
-            path, new_head=True, dropout=options.dropout, attention_dropout=options.attention_dropout
-        )
-        if length > (limit := position_limit(model.network.config)):
+            path, new_head=True, dropout=options.dropout, attention_dropout=options.attention_dropout,
+            attention=options.attention,
+        )  # fmt: skip
+        if length > (limit := span_limit(model.network.config)):
             raise InputError(f"data.max_length {length}: {path} has only {limit} positions.")
         return model
 

@@ -21,11 +21,11 @@ from plainloop.data.samplers import subset
 from plainloop.data.store import Store
 from plainloop.data.text_features import pair_rows
 from plainloop.data.types import Answer, Example, TextExample
+from plainloop.models.families import input_limit, require_usable, target_limit
 from plainloop.models.load import load_config, load_tokenizer
 from plainloop.models.seq2seq import (
     Seq2SeqModel,
     load_seq2seq_model,
-    source_limit,
     start_token,
     token_loss_sum,
 )
@@ -68,9 +68,11 @@ class TextTask:
                 f"model.path {path}: a {self.network_config.model_type} is not an encoder-decoder; task text"
                 " needs T5, BART or similar (use an encoder with --task span)."
             )
+        require_usable(self.network_config, path)
         self.start_token = start_token(self.network_config, path)
-        limit = source_limit(self.network_config)
-        for name in ("max_source_length", "max_target_length", "max_new_tokens"):
+        source, target = input_limit(self.network_config), target_limit(self.network_config)
+        limits = {"max_source_length": source, "max_target_length": target, "max_new_tokens": target}
+        for name, limit in limits.items():
             if (getattr(config.text, name) or 0) > limit:
                 raise InputError(
                     f"text.{name} {getattr(config.text, name)}: {path} has only {limit} positions."
@@ -121,11 +123,12 @@ class TextTask:
         return Encoded(arrays, counts, warnings)
 
     def collate(self, store: Store) -> TextCollate:
-        limit = source_limit(self.network_config)
+        limit = input_limit(self.network_config)
         return TextCollate(store, self.tokenizer.pad_token_id, self.start_token, limit)
 
     def load_model(self, path: str) -> Seq2SeqModel:
-        return load_seq2seq_model(path, dropout=self.config.model.dropout)
+        options = self.config.model
+        return load_seq2seq_model(path, dropout=options.dropout, attention=options.attention)
 
     def loss_sum(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
         return token_loss_sum(logits, labels, label_smoothing=self.text.label_smoothing)
