@@ -18,6 +18,7 @@ LAST = {
     "decode.py": r"ratio \d",
     "saving.py": r"medians of 1: synchronous [\d.]+ s",
     "hf_faults.py": r"exit \d",
+    "tokenise.py": r"plainloop / datasets.map = \d",
 }
 
 

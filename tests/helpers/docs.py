@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from helpers.formats import rows_of, write_rows
 from helpers.tiny_models import tiny_bert, tiny_t5_for
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,7 @@ def runnable(page: str, *, slurm: bool) -> list[str]:
 def make_folder(folder: Path) -> None:
     """A copy of the repository with small data under the names that the pages use."""
     from plainloop.data.demo import write_demo, write_text_demo
+    from plainloop.data.readers.examples import read_examples
 
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
@@ -70,7 +72,7 @@ def make_folder(folder: Path) -> None:
     subprocess.run(["ln", "-s", f"{ROOT}/.pkg", folder / ".pkg"], check=True)
     train, dev = write_demo(folder / "made", contexts=16)
     train.rename(folder / "train-v2.0.json")
-    dev.rename(folder / "dev-v2.0.json")
+    dev_file = dev.rename(folder / "dev-v2.0.json")
     (folder / "causalqa").mkdir()
     for source, split in zip(
         write_text_demo(folder / "made", rows=24, dev_rows=8), ("train", "valid"), strict=True
@@ -81,6 +83,14 @@ def make_folder(folder: Path) -> None:
             archive.write(file, f"input/original/{file.name}")
     with open(folder / "causalqa/squad2_valid_original_split.csv", newline="") as stream:
         (folder / "texts.json").write_text(json.dumps([row["answer"] for row in csv.DictReader(stream)]))
+    rows = [
+        row | {"asked": row["question"], "page": row["context"]} for row in rows_of(read_examples(dev_file))
+    ]
+    rows = [{name: row[name] for name in ("id", "asked", "page", "answers")} for row in rows]
+    (folder / "parts").mkdir()
+    write_rows(folder, "csv", rows).rename(folder / "questions.csv")
+    for number in range(2):
+        write_rows(folder, "jsonl", rows[number::2]).rename(folder / f"parts/{number}.jsonl")
     for page in PAGES:
         for block in blocks(page, "python"):  # the first line names the file
             (folder / block.split("\n")[0].removeprefix("# ")).write_text(block)

@@ -37,7 +37,8 @@ TOKEN_CLASSIFICATION = sorted(
 TEXT_TO_TEXT = sorted(tables.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 NOT_TEXT = {  # their source is audio
     "audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus", "moss_transcribe_diarize",
-    "musicflamingo", "nemo_speechlm", "qwen2_audio", "vibevoice_asr", "voxtral", "voxtral_realtime",
+    "musicflamingo", "nemo_speechlm", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral",
+    "voxtral_realtime",
 }  # fmt: skip
 SCALE = 4  # of random weights
 # Their logits depend on the padding, or on the rest of the batch, by how they are made.

@@ -72,6 +72,8 @@ def test_model_and_data(hub: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     source = read_source(model)
     assert source and (source["name"], source["revision"]) == ("user/tiny", local_hub.COMMIT)
     assert fault_of(model) is None and fault_of(out / "data/squad") is None
+    got = (read_source(out / "data/squad") or {})["splits"]
+    assert (got["train"]["rows"], "question" in got["train"]["columns"]) == (100, True)
     assert {path.name for path in out.glob("*/.*")} == set()  # no temporary folder is left
 
     asked = len(hub.requests)

@@ -52,17 +52,19 @@ def _fetch_all(config: FetchConfig, out: Path) -> list[str]:
         name = config.dataset.rpartition("/")[2]
         into = out / "data" / name
 
-        def convert(folder: Path) -> None:
-            _splits(folder, config.dataset_config)
+        def convert(folder: Path) -> dict[str, Any]:
+            return _splits(folder, config.dataset_config)
 
         made += _from_hub("dataset", config.dataset, config.dataset_revision, into, convert)
     return made
 
 
 def _from_hub(
-    kind: str, name: str, revision: str | None, final: Path, check: Callable[[Path], None]
+    kind: str, name: str, revision: str | None, final: Path, check: Callable[[Path], dict[str, Any]]
 ) -> list[str]:
-    """Download the files of one commit. check() validates or converts them, or raises InputError."""
+    """Download the files of one commit. check() validates or converts them, and returns what they hold, for
+    the manifest; or raises InputError.
+    """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     try:
@@ -103,8 +105,7 @@ def _from_hub(
             f"hub: could not get {name} from {constants.ENDPOINT} ({reason}). Run fetch where there is"
             " internet, such as a login node; the same command resumes an interrupted download."
         ) from None
-    check(temporary)
-    return _publish(temporary, final, source)
+    return _publish(temporary, final, source | check(temporary))
 
 
 def _wanted(names: list[str], kind: str) -> list[str]:
@@ -121,17 +122,20 @@ def _wanted(names: list[str], kind: str) -> list[str]:
     return weights + [n for n in top if any(fnmatch(n, pattern) for pattern in TOKENIZER_AND_CONFIG)]
 
 
-def _model(folder: Path) -> None:
+def _model(folder: Path) -> dict[str, Any]:
     """Check here, not on a compute node, that config and tokenizer can be loaded."""
     from plainloop.models.load import load_config, load_tokenizer
 
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # left by the download
-    encoder = not load_config(str(folder)).is_encoder_decoder
-    load_tokenizer(str(folder), fast=encoder)
+    config = load_config(str(folder))
+    load_tokenizer(str(folder), fast=not config.is_encoder_decoder)
+    return {"model_type": config.model_type}
 
 
-def _splits(folder: Path, name: str | None) -> None:
-    """Convert a data set's files to one folder per split with the `datasets` library, without network."""
+def _splits(folder: Path, name: str | None) -> dict[str, Any]:
+    """Convert a data set's files to one folder per split with the `datasets` library, without network. Return
+    the rows and columns of each.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -150,9 +154,11 @@ def _splits(folder: Path, name: str | None) -> None:
         ) from None
     for split, rows in found.items():
         rows.save_to_disk(str(folder / str(split)))
+    splits = {str(split): {"rows": len(r), "columns": r.column_names} for split, r in found.items()}
     del found
     shutil.rmtree(raw)
     shutil.rmtree(cache)
+    return {"config": name, "splits": splits}
 
 
 def _causalqa(archive: Path, final: Path) -> list[str]:
