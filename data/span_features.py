@@ -5,7 +5,7 @@ A window is `[CLS] question [SEP] context part [SEP]`. Windows of one question o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,35 +48,33 @@ class _Job:
 
     def __init__(self, tokenizer: Any, max_length: int, stride: int, question_limit: int) -> None:
         self.tokenizer = tokenizer
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_padding()
         self.max_length = max_length
         self.stride = stride
         self.question_limit = question_limit
 
     def __call__(self, examples: Sequence[Example]) -> Arrays:
         questions = [e.question.strip() for e in examples]
-        tokens = self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
-        capped = np.array([len(ids) > self.question_limit for ids in tokens])
+        self.backend.no_truncation()
+        alone = self.backend.encode_batch(questions, add_special_tokens=False)
+        capped = np.array([len(encoding) > self.question_limit for encoding in alone])
         for i in np.flatnonzero(capped):
             questions[i] = self._cap(questions[i])
-        encoded = self._encode(questions, [e.context for e in examples])
-        owners = np.asarray(encoded["overflow_to_sample_mapping"])
-        rows = [
-            _window(encoding, examples[owner], self.tokenizer.cls_token_id)
-            for encoding, owner in zip(encoded.encodings, owners, strict=True)
-        ]
-        return _window_arrays(rows, np.bincount(owners, minlength=len(examples)), capped)
+        rows: list[dict[str, Any]] = []
+        counts = []
+        for example, windows in zip(examples, self._encode(questions, examples), strict=True):
+            rows += [_window(window, example, self.tokenizer.cls_token_id) for window in windows]
+            counts.append(len(windows))
+        return _window_arrays(rows, np.array(counts), capped)
 
-    def _encode(self, questions: list[str], contexts: list[str]) -> Any:
-        return self.tokenizer(
-            questions,
-            contexts,
-            truncation="only_second",
-            max_length=self.max_length,
-            stride=self.stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+    def _encode(self, questions: list[str], examples: Sequence[Example]) -> Iterator[list[Any]]:
+        """The windows of each example, as tokenizers' encodings. transformers would copy them to lists."""
+        self.backend.enable_truncation(self.max_length, stride=self.stride, strategy="only_second")
+        for first in self.backend.encode_batch(
+            [(q, e.context) for q, e in zip(questions, examples, strict=True)]
+        ):
+            yield [first, *first.overflowing]
 
     def _cap(self, question: str) -> str:
         """Truncate a question to the limit at a token boundary. Only absurdly long ones are affected."""
