@@ -124,6 +124,7 @@ def load_split(
             everything = list(chosen)
             chosen = [everything[i] for i in subset(len(everything), limit)]
         meta = _encode(task, split, chosen, writer, tokenising_processes(config))
+        meta["available"] = meta["examples"] if limit is None else len(everything)
         return {**meta, "report": [*getattr(read, "notes", []), *meta["report"]]}
 
     return Dataset(files, limit, stores.build(folder, fill), examples)
