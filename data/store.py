@@ -6,6 +6,7 @@ slice of an array, so loader workers share pages and hold no Python objects.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,9 +22,9 @@ import numpy as np
 
 from plainloop.data.errors import InputError
 
-# Part of the key of every cached store, and so of a run's fingerprint. Raise it when the readers or
-# tokenisation change what they produce; tests/data/test_store.py notices if you forget.
-FEATURES_VERSION = 2
+# Part of the key of every cached store, and so of a run's fingerprint: by the kind of rows. Raise it when the
+# readers or tokenisation change what they produce; tests/data/test_store.py notices if you forget.
+FEATURES_VERSION = {"span": 1, "text": 2}
 
 
 class Store:
@@ -109,22 +110,42 @@ class Writer:
         self._files: dict[str, tuple[IO[bytes], dict[str, Any]]] = {}
 
     def append(self, arrays: dict[str, np.ndarray]) -> None:
-        """Append along the first axis. The names, dtypes and other axes are the same each time."""
+        """Append along the first axis. Raises InputError if a dtype or another axis is not as before."""
         for name, array in arrays.items():
-            if name not in self._files:
-                header = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array[:0]))
-                self._files[name] = open(self.folder / f"{name}.npy", "wb"), header
-                np.lib.format.write_array_header_1_0(*self._files[name])
-            file, header = self._files[name]
-            file.write(np.ascontiguousarray(array).data)
-            header["shape"] = (header["shape"][0] + len(array), *array.shape[1:])
+            with writing(self.folder):
+                if name not in self._files:
+                    header = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array[:0]))
+                    self._files[name] = open(self.folder / f"{name}.npy", "wb"), header
+                    np.lib.format.write_array_header_1_0(*self._files[name])
+                file, header = self._files[name]
+                same = header["shape"][1:] == array.shape[1:]
+                if not same or np.lib.format.descr_to_dtype(header["descr"]) != array.dtype:
+                    raise InputError(
+                        f"the task's array {name!r} has dtype {array.dtype}, shape {array.shape}, but other"
+                        " examples gave another dtype or other axes; make them the same."
+                    )
+                file.write(np.ascontiguousarray(array).data)
+                header["shape"] = (header["shape"][0] + len(array), *array.shape[1:])
 
     def close(self) -> None:
         """Write the final shapes: numpy leaves room in a header for the first axis to grow."""
-        for file, header in self._files.values():
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(file, header)
-            file.close()
+        with writing(self.folder):
+            for file, header in self._files.values():
+                file.seek(0)
+                np.lib.format.write_array_header_1_0(file, header)
+                file.close()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError into an InputError that names the cache folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"data.cache_dir {folder.parent}: {reason}; choose a writable folder with room."
+        ) from None
 
 
 def build(path: Path, fill: Callable[[Writer], dict[str, Any]]) -> Store:
@@ -133,25 +154,23 @@ def build(path: Path, fill: Callable[[Writer], dict[str, Any]]) -> Store:
     fill: appends the arrays, returns the meta data. Raises InputError.
     """
     if not (path / "meta.json").exists():
-        temporary = None
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+        try:
             writer = Writer(temporary)
             meta = fill(writer)
             writer.close()
-            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            temporary.chmod(0o755)
-            os.rename(temporary, path)
-        except OSError as error:
-            if not (path / "meta.json").exists():  # else another process finished first: same content
-                reason = error.strerror or error
-                raise InputError(
-                    f"data.cache_dir {path.parent}: {reason}; choose a writable folder with room."
-                ) from None
+            with writing(path):
+                (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+                temporary.chmod(0o755)
+                try:
+                    os.rename(temporary, path)
+                except OSError:
+                    if not (path / "meta.json").exists():  # else another process was first: same content
+                        raise
         finally:
-            if temporary is not None:  # gone if it was published
-                shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # gone if it was published
     return Store(path)
 
 

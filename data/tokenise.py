@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,6 @@ MIN_EXAMPLES_FOR_PROCESSES = 2000  # below that, starting processes costs more t
 
 Arrays = dict[str, np.ndarray]
 Job = Callable[[Sequence[Any]], Any]
-
-_job: Job | None = None  # in a worker process: inherited by fork, so that nothing is pickled
 
 
 def in_chunks(job: Job, examples: Iterable[Any], processes: int) -> Iterator[tuple[int, Any]]:
@@ -49,43 +45,85 @@ def _chunks(examples: Iterator[Any]) -> Iterator[list[Any]]:
 
 
 def _fork(job: Job, chunks: Iterator[list[Any]], processes: int) -> Iterator[tuple[int, Any]]:
-    global _job
-    _job = job
+    """Processes take turns, and each has one chunk at a time: results come in order, and no pipe fills up."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process: processes run in parallel
-    pending: deque[tuple[int, Future[Any]]] = deque()
+    workers: list[_Worker] = []
+    turn = 0
     try:
-        # Not multiprocessing.Pool: it hangs when a worker is killed, or ignores its SIGTERM as a run does.
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(processes, context, initializer=end_with_parent) as pool:
-            for chunk in chunks:
-                pending.append((len(chunk), pool.submit(_run, chunk)))
-                if len(pending) > 2 * processes:
-                    count, future = pending.popleft()
-                    yield count, future.result()
-            for count, future in pending:
-                yield count, future.result()
-    except BrokenProcessPool:
-        raise InputError(
-            "a tokenising process was killed, perhaps because memory ran out; lower --data.processes."
-        ) from None
+        workers += [_Worker(job) for _ in range(processes)]
+        for number, chunk in enumerate(chunks):
+            worker = workers[number % processes]
+            if worker.pending:
+                yield worker.receive()
+            worker.send(chunk)
+            turn = (number + 1) % processes
+        for worker in workers[turn:] + workers[:turn]:
+            if worker.pending:
+                yield worker.receive()
     finally:
-        _job = None
+        for worker in workers:
+            worker.kill()
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _run(examples: Sequence[Any]) -> Any:
-    assert _job is not None
+class _Worker:
+    """A forked process and a pipe that only the two of them hold.
+
+    Not a pool of the standard library: those hang when a process is killed while it writes a result, or when
+    it ignores their SIGTERM, as the processes of a run do.
+    """
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(job, other), daemon=True)
+        self._process.start()
+        other.close()  # so that the process holds the only copy: when it dies, receive() sees the end
+        self.pending = 0
+
+    def send(self, chunk: list[Any]) -> None:
+        with _death_as_error():
+            self._pipe.send(chunk)
+        self.pending = len(chunk)
+
+    def receive(self) -> tuple[int, Any]:
+        with _death_as_error():
+            result = self._pipe.recv()
+        count, self.pending = self.pending, 0
+        if isinstance(result, Exception):
+            raise result
+        return count, result
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+@contextlib.contextmanager
+def _death_as_error() -> Iterator[None]:
     try:
-        return _job(examples)
-    except InputError:
-        raise
-    except BaseException as error:  # a Rust panic is not an Exception and would hang the pool
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise RuntimeError(
-            f"the tokenizer failed in the chunk that starts with id {examples[0].id!r}: {error}"
+        yield
+    except (EOFError, ConnectionError):
+        raise InputError(
+            "a tokenising process was killed, perhaps because memory ran out; lower --data.processes."
         ) from None
+
+
+def _serve(job: Job, pipe: Any) -> None:
+    """In the process: answer chunks until the parent kills it. With the parent dead, the kernel does."""
+    end_with_parent()
+    while True:
+        chunk = pipe.recv()
+        try:
+            result = job(chunk)
+        except InputError as error:
+            result = error
+        except BaseException as error:  # a Rust panic is not an Exception
+            where = f"the tokenizer failed in the chunk that starts with id {chunk[0].id!r}"
+            result = RuntimeError(f"{where}: {error}")
+        pipe.send(result)

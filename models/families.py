@@ -85,7 +85,7 @@ def input_limit(config: Any) -> int:
     limit = int(next((n for n in limits if n), NO_LIMIT))
     if kind == "mpnet":  # its padding index is fixed, whatever its config says
         return limit - 2
-    return limit - (config.pad_token_id + 1 if kind in PADDED_POSITIONS else 0)
+    return limit - ((config.pad_token_id or 0) + 1 if kind in PADDED_POSITIONS else 0)
 
 
 def target_limit(config: Any) -> int:

@@ -88,6 +88,11 @@ def load_network(
     require_usable(config, path)
     prepare(config)
     options = {} if attention is None else {"attn_implementation": attention}
+    dropouts = ("attention_probs_dropout_prob", "attention_dropout", "dropout_rate")
+    if attention == "flex_attention" and any(getattr(config, name, 0) for name in dropouts):
+        raise InputError(
+            "model.attention flex_attention: has no attention dropout; set --model.attention_dropout 0."
+        )
     try:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()

@@ -88,7 +88,19 @@ def load_span_model(
     if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:  # else not written: two is the default
         overrides |= {"id2label": {0: "start", 1: "end"}, "label2id": {"start": 0, "end": 1}}
     network = load_network(auto_class, path, head=head, attention=attention, num_labels=2, **overrides)
+    if _is_of_another_task(config):  # a head of the same name and shape
+        mine = _head(network)
+        network.new_parameters = sorted(n for n, _ in network.named_parameters() if n.startswith(mine))
     return SpanModel(network)
+
+
+def _is_of_another_task(config: Any) -> bool:
+    """Whether the folder's head was trained for something else than spans."""
+    (made_by, *_) = config.architectures or [""]
+    labels = {str(label).lower() for label in config.id2label.values()}
+    return made_by.endswith("ForSequenceClassification") or (
+        made_by.endswith("ForTokenClassification") and labels != {"start", "end"}
+    )
 
 
 def _head(network: Any) -> tuple[str, ...]:

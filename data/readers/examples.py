@@ -15,7 +15,7 @@ from typing import Any, Literal
 from plainloop.data.errors import InputError
 from plainloop.data.readers.files import MAX_FAULTS_SHOWN, find_files, format_of
 from plainloop.data.readers.nested import label_studio_records, mrqa_records, squad_records
-from plainloop.data.readers.rows import flat_record, renamed, rows_of
+from plainloop.data.readers.rows import OPTIONAL, flat_record, renamed, rows_of
 from plainloop.data.types import Answer, Example
 
 # Field -> the columns that are taken for it unless data.columns names another one.
@@ -92,14 +92,21 @@ class Examples:
         kind = format_of(path)
         if kind == "squad":
             return squad_records(path)
-        rows, unit = rows_of(path, kind)
+        wanted = {*self.names.values(), *itertools.chain.from_iterable(COLUMNS.values())}
+        rows, unit = rows_of(path, kind, wanted)
         first = next(rows, None)
         if first is None:
             return iter(())
         rows = itertools.chain([first], rows)
         if kind == "jsonl" and isinstance(first[1], dict) and {"header", "qas"} & first[1].keys():
             return mrqa_records(path, rows)
-        if kind == "list" and isinstance(first[1], dict) and isinstance(first[1].get("data"), dict):
+        if kind == "list" and isinstance(first[1], dict) and {"annotations", "completions"} & first[1].keys():
+            if not isinstance(first[1].get("data"), dict):
+                raise InputError(f"{path}: task 1: not a Label Studio task: no object 'data'.")
+            if "answer" in self.names:
+                raise InputError(
+                    f"{path}: Label Studio's annotations are the answers; name no column for them."
+                )
             columns = self._columns(path, {**first[1]["data"], "id": "", "answers": ""})
             tasks = label_studio_records(row for _, row in rows)
             return ((where, renamed(record, columns)) for where, record in tasks)
@@ -109,9 +116,21 @@ class Examples:
         if kind in ("csv", "tsv"):
             next(rows)  # the header
         cells = kind in ("csv", "tsv")
-        return (
-            (f"{unit} {n}", flat_record(row, columns, f"{Path(path).name}:{n}", cells)) for n, row in rows
-        )
+        many = len({Path(file).name for file in self.files}) < len(self.files)
+        base = path if many else Path(path).name
+        if kind in ("jsonl", "list"):  # each row may have other optional fields
+            return (
+                (f"{unit} {n}", flat_record(row, self._more(columns, row), f"{base}:{n}", False))
+                for n, row in rows
+            )
+        return ((f"{unit} {n}", flat_record(row, columns, f"{base}:{n}", cells)) for n, row in rows)
+
+    def _more(self, columns: dict[str, str], row: Any) -> dict[str, str]:
+        """These columns, and the optional ones that this row has."""
+        if not isinstance(row, dict):
+            return columns
+        more = {n: next((c for c in COLUMNS[n] if c in row), None) for n in OPTIONAL if n not in columns}
+        return columns | {name: column for name, column in more.items() if column}
 
     def _columns(self, path: str, row: Mapping[str, Any]) -> dict[str, str]:
         """Field -> column of this file. Raises InputError for one that is needed and not there."""
@@ -137,6 +156,8 @@ class Examples:
         self, path: str, where: str, record: dict[str, Any], located: Counter[str]
     ) -> Example | str | _Lost:
         """The example, what is wrong with the record, or an answer that can't be located."""
+        if record.get("context") is None and not self.options.locate:
+            record["context"] = ""
         if fault := record.get("fault") or _fault(record):
             return str(fault)
         context, several = record["context"], 0
@@ -208,8 +229,22 @@ def _listed(faults: list[str]) -> str:
 
 def _fault(record: dict[str, Any]) -> str | None:
     """What is wrong with the fields of a record, or None."""
-    for key, kind in (("id", str), ("question", str), ("context", str), ("answers", list)):
-        if not isinstance(record.get(key), kind):
-            return f"'{key}' is missing or not {'text' if kind is str else 'a list'}"
+    for key in ("id", "question", "context"):
+        if not isinstance(record.get(key), str):
+            return f"'{key}' is missing or not text"
+        try:
+            record[key].encode()
+        except UnicodeEncodeError:
+            return f"'{key}' has half of a character that UTF-16 writes in two (a surrogate)"
+    if not isinstance(record.get("answers"), list):
+        return (
+            "'answers' is missing or not a text, a list of texts, or an object with 'text' and 'answer_start'"
+        )
     empty = [key for key in ("id", "question") if not record[key].strip()]
     return f"the {empty[0]} is empty" if empty else None
+
+
+def require_use(columns: Mapping[str, str], files: Sequence[str], option: str) -> None:
+    """Raise InputError if none of these files has columns that could be named."""
+    if columns and all(format_of(path) == "squad" for path in files):
+        raise InputError(f"{option} has no effect on SQuAD's JSON; leave it out.")

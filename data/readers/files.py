@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import glob
@@ -30,7 +31,10 @@ def find_files(paths: str | Sequence[str], option: str = "--data") -> list[str]:
     found: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
         if Path(path).is_dir() and not is_saved(path):
-            inside = sorted(str(file) for file in Path(path).iterdir() if suffix_of(str(file)) in SUFFIXES)
+            inside = sorted(str(file) for file in Path(path).iterdir() if _is_data(file))
+            splits = sorted(folder.name for folder in Path(path).iterdir() if is_saved(str(folder)))
+            if splits:
+                raise InputError(f"{path}: contains several splits; choose one: {path}/{'|'.join(splits)}")
             if not inside:
                 raise InputError(f"{path}: this folder has no {', '.join(SUFFIXES)} file. {ACCEPTED}")
             found += inside
@@ -43,6 +47,10 @@ def find_files(paths: str | Sequence[str], option: str = "--data") -> list[str]:
     if not found:
         raise InputError(f"{option}: the list is empty. {ACCEPTED}")
     return found
+
+
+def _is_data(file: Path) -> bool:
+    return suffix_of(str(file)) in SUFFIXES and not file.name.startswith(".") and file.name != "manifest.json"
 
 
 def is_saved(path: str) -> bool:
@@ -66,16 +74,29 @@ def format_of(path: str) -> str:
         raise InputError(f"{path}: unknown kind of file. {ACCEPTED}")
     if suffix != ".json":
         return {".ndjson": "jsonl"}.get(suffix, suffix[1:])
-    with reading(path), open_bytes(path) as stream:
-        start = stream.read(1 << 16).decode("utf-8-sig", errors="replace").lstrip()
-    if start.startswith("["):
-        return "list"
+    with reading(path), open_json(path) as stream:
+        start = stream.read(1 << 16).lstrip()
+        if not start or start.startswith(b"["):
+            return "list" if start else "squad"
+        stream.seek(0)
+        return "squad" if _has_data(skip_mark(stream)) else "jsonl"
+
+
+def _has_data(stream: IO[bytes]) -> bool:
+    """Whether the first JSON object has a key `data`; True also for what is not valid JSON."""
+    import ijson
+
+    depth = 0
     try:
-        first, end = json.JSONDecoder().raw_decode(start)
-    except json.JSONDecodeError:
-        return "squad"  # longer than what was read, or not valid, which its reader explains
-    several = bool(start[end:].strip())
-    return "jsonl" if isinstance(first, dict) and (several or "data" not in first) else "squad"
+        for event, value in ijson.basic_parse(stream):
+            depth += {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}.get(event, 0)
+            if depth == 1 and event == "map_key" and value == "data":
+                return True
+            if depth == 0:
+                return False
+    except (ijson.JSONError, ValueError):
+        pass
+    return True
 
 
 @contextlib.contextmanager
@@ -91,6 +112,17 @@ def reading(path: str) -> Iterator[None]:
         raise InputError(f"{path}: {error.strerror or error}.") from None
 
 
+def open_json(path: str) -> IO[bytes]:
+    """Open a JSON file behind the mark that Windows puts in front of UTF-8."""
+    return skip_mark(open_bytes(path))
+
+
+def skip_mark(stream: IO[bytes]) -> IO[bytes]:
+    if stream.read(3) != codecs.BOM_UTF8:
+        stream.seek(0)
+    return stream
+
+
 def open_bytes(path: str) -> IO[bytes]:
     return gzip.open(path) if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
 
@@ -99,11 +131,13 @@ def read_json(path: str | Path) -> Any:
     """Parse a UTF-8 JSON file whole; an error names file, line and column."""
     try:
         with reading(str(path)), open_bytes(str(path)) as stream:
-            return json.loads(stream.read().decode("utf-8"))
+            return json.loads(stream.read().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg}). Is the download complete?"
         ) from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid JSON (nested too deeply).") from None
 
 
 def csv_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -119,6 +153,7 @@ def csv_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True, delimiter=separator
         )
         try:
+            require_distinct(path, reader.fieldnames or [])
             yield 0, {name: name for name in reader.fieldnames or []}
             for row in reader:
                 yield reader.line_num, row
@@ -128,6 +163,11 @@ def csv_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             raise InputError(f"{path}: after line {reader.line_num}: {NOT_UTF8}") from None
 
 
+def require_distinct(path: str, columns: Sequence[str]) -> None:
+    if twice := sorted({name for name in columns if list(columns).count(name) > 1}):
+        raise InputError(f"{path}: two columns are named {twice[0]}; rename one.")
+
+
 def json_lines(path: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of a JSON lines file; blank lines are skipped."""
     with reading(path), open_bytes(path) as stream:
@@ -135,7 +175,8 @@ def json_lines(path: str) -> Iterator[tuple[int, Any]]:
             try:
                 if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
                     yield number, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: line {number}: not valid JSON ({error.msg}).") from None
             except UnicodeDecodeError:
                 raise InputError(f"{path}: line {number}: {NOT_UTF8}") from None
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", type(error).__name__)
+                raise InputError(f"{path}: line {number}: not valid JSON ({reason}).") from None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from plainloop.data.errors import InputError
-from plainloop.data.readers.files import open_bytes, read_json, reading
+from plainloop.data.readers.files import open_json, read_json, reading
 
 Records = Iterator[tuple[str, dict[str, Any]]]
 
@@ -36,11 +36,11 @@ def json_items(path: str, key: str = "") -> Iterator[Any]:
     import ijson
 
     try:
-        with reading(path), open_bytes(path) as stream:
+        with reading(path), open_json(path) as stream:
             yield from ijson.items(stream, f"{key}.item" if key else "item", use_float=True)
     except (ijson.JSONError, ValueError) as error:
         read_json(path)  # says the line and the column
-        raise InputError(f"{path}: not valid JSON ({error}).") from None
+        raise InputError(f"{path}: not valid JSON ({' '.join(str(error).split())}).") from None
 
 
 def _items(container: Any, key: str, where: str) -> list[Any]:
@@ -61,10 +61,9 @@ def mrqa_records(path: str, rows: Iterator[tuple[int, Any]]) -> Records:
         context: Any = row.get("context")
         for qa in row["qas"]:
             try:
-                spans = [tuple(span) for answer in qa["detected_answers"] for span in answer["char_spans"]]
-                found = [{"text": context[s : e + 1], "answer_start": s} for s, e in spans]
+                found = [answer for given in qa["detected_answers"] for answer in _detected(given, context)]
                 texts = {answer["text"] for answer in found}
-                others = [{"text": text} for text in qa["answers"] if text not in texts]
+                others: list[Any] = [{"text": text} for text in _texts(qa["answers"]) if text not in texts]
                 if found:
                     others = [{**other, "answer_start": -1, "reference": True} for other in others]
                 record = {"id": qa["qid"], "question": qa["question"], "answers": found + others}
@@ -72,6 +71,25 @@ def mrqa_records(path: str, rows: Iterator[tuple[int, Any]]) -> Records:
                 name = qa.get("qid") if isinstance(qa, dict) else None
                 raise InputError(f"{path}: line {line}: qid {name!r}: not MRQA ({error!r}).") from None
             yield f"line {line}", {**record, "context": context}
+
+
+def _detected(answer: dict[str, Any], context: str) -> Iterator[dict[str, Any]]:
+    """The places of a detected answer. Its spans include their last character."""
+    for start, end in answer["char_spans"]:
+        text = context[start : end + 1]
+        if not 0 <= start <= end < len(context) or _folded(text) != _folded(answer["text"]):
+            raise ValueError(f"the context has {text!r} at {start} to {end}, not {answer['text']!r}")
+        yield {"text": text, "answer_start": start}
+
+
+def _folded(text: str) -> str:
+    return "".join(text.casefold().split())
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TypeError("'answers' is not a list of texts")
+    return value
 
 
 def label_studio_records(items: Iterator[Any]) -> Records:
@@ -99,9 +117,14 @@ def label_studio_records(items: Iterator[Any]) -> Records:
 
 def _labelled(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for result in results:
-        value = result["value"]
+        value = result.get("value")
+        if not isinstance(value, dict):  # a relation between spans
+            continue
         if result["type"] == "textarea":
-            yield from ({"text": text} for text in value["text"])
+            texts = value["text"]
+            yield from ({"text": text} for text in ([texts] if isinstance(texts, str) else texts))
         elif result["type"] in ("labels", "hypertextlabels"):
             start = value.get("globalOffsets", value)["start"]  # hypertext: in the text, not in the markup
             yield {"text": value["text"], "answer_start": int(start)}
+        elif {"start", "text"} & value.keys():
+            raise ValueError(f"a span of type {result['type']!r}")

@@ -54,14 +54,19 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     (changed(answers="left", answer_start=999), "answer_start 999"),
     (changed(answers="left", answer_start="x"), "whole number 'answer_start'"),
     (changed(answers="left", answer_start=1.5), "whole number 'answer_start'"),
-    (changed(answers=["left"], answer_start=[1, 2]), "'answers' is missing or not a list"),
-    (changed(answers={"text": ["left"], "answer_start": [1, 2]}), "'answers' is missing or not a list"),
+    (changed(answers=["left"], answer_start=[1, 2]), "'answers' is missing or not a text, a list"),
+    (
+        changed(answers={"text": ["left"], "answer_start": [1, 2]}),
+        "'answers' is missing or not a text, a list",
+    ),
     (changed(answers={"text": ["left"], "answer_start": [16]}), "answer_start 16"),
     (changed(answers=[{"answer_start": 3}]), "an answer needs a 'text'"),
     (changed(id=""), "the id is empty"),
+    (changed(answers="{'text': array(['left'], dtype=object), 'answer_start': array([17])}"), ""),
     (changed(context=""), "'left' does not occur"),
 ]
 TYPES: list[tuple[dict[str, Any], str]] = [  # where cells have types
+    (changed(answers={"value": "left", "aliases": ["Bob"]}), "'answers' is missing or not a text, a list"),
     (changed(question=5), "'question' is missing or not text"),
     (changed(context=["x"]), "'context' is missing or not text"),
     (changed(answers=7), "an answer needs a 'text'"),
@@ -93,7 +98,10 @@ BAD_FILES: dict[str, list[tuple[bytes, str]]] = {
     "a.jsonl": [
         (b"", "holds no question"),
     (b"\n\n", "holds no question"),
-    (b"{", "line 1: not valid JSON"),
+        (b"{", "line 1: not valid JSON"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "line 1: not valid JSON"),
+        (b"[" * 20_000, "line 1: not valid JSON (RecursionError)"),
+        (json.dumps({**ROW, "question": "\ud83d"}).encode(), "'question' has half of a character"),
         (b'{"a": 1}\n[', "no column question"),
     (b"[1]", "line 1: not an object"),
         (json.dumps(ROW).encode() + b"\n[2]", "line 2: not an object"),
@@ -165,6 +173,9 @@ BAD_MRQA: list[tuple[list[Any], str]] = [
     (mrqa(context=5, detected_answers=[]), "'context' is missing"),
     (mrqa(detected_answers=[]), "'Ada' occurs 2 times"),
     (mrqa(detected_answers=[], answers=["Eve"]), "does not occur"),
+    (mrqa(detected_answers=[{"text": "left", "char_spans": [[0, 2]]}]), "the context has 'Ada' at 0 to 2"),
+    (mrqa(detected_answers=[{"text": "x", "char_spans": [[500, 503]]}]), "the context has '' at 500 to 503"),
+    (mrqa(answers="left"), "'answers' is not a list of texts"),
     (mrqa() + mrqa()[1:], "line 3: id '1': this id occurs twice"),
 ]  # fmt: skip
 
@@ -190,7 +201,11 @@ BAD_STUDIO: list[tuple[list[Any], str]] = [
     (studio(annotations=3), "annotation can't be read"),
     (studio(annotations=[3]), "annotation can't be read"),
     (studio(annotations=[{}]), "KeyError('result')"),
-    (studio(annotations=[{"result": [{}]}]), "KeyError('value')"),
+    (
+        studio(annotations=[{"result": [{"type": "paragraphlabels", "value": {"start": "0"}}]}]),
+        "a span of type",
+    ),
+    (studio(annotations=[{"result": [{"type": "textarea", "value": {}}]}]), "KeyError('text')"),
     (studio({"start": 0}), "KeyError('text')"),
     (studio({"text": "Bob"}), "KeyError('start')"),
     (studio({"start": "x", "text": "Bob"}), "annotation can't be read"),

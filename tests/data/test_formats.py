@@ -11,7 +11,7 @@ from helpers.formats import NESTED, ROWS, rows_of, write_nested, write_rows
 
 from plainloop.data.errors import InputError
 from plainloop.data.readers.causalqa import TextOptions, read_text
-from plainloop.data.readers.examples import Examples, ReadOptions, read_examples
+from plainloop.data.readers.examples import Examples, ReadOptions, read_examples, require_use
 from plainloop.data.readers.files import find_files
 from plainloop.data.span_features import span_windows
 from plainloop.data.types import Answer, Example
@@ -198,3 +198,69 @@ def tiny_tokenizer(tiny_model: Path) -> Any:
     from plainloop.models.load import load_tokenizer
 
     return load_tokenizer(str(tiny_model))
+
+
+def test_an_empty_answer_is_unanswerable_wherever_it_stands(tmp_path: Path) -> None:
+    for start in (0, -1, None, float("nan")):
+        for answers in ("", [""], [" "], {"text": [""], "answer_start": [start]}):
+            assert made(answers, "jsonl", tmp_path, answer_start=start) in ((), None)
+    (tmp_path / "a.csv").write_text(
+        "question,context,answer,answer_start\nWho?,Ada left,,0\nWho?,Ada left,,-1\n"
+    )
+    assert [e.answers for e in read_examples(tmp_path / "a.csv")] == [(), ()]
+    assert made("left", "jsonl", tmp_path, answer_start=17.0) == (Answer("left", 17),)
+
+
+def test_a_text_that_looks_like_json_is_a_text(tmp_path: Path) -> None:
+    for text in ('{"a": 1}', '["x"]', "[1]", "{'text'"):
+        assert made(text, "jsonl", tmp_path, context=f"It is {text}.") == (Answer(text, 6),)
+
+
+def test_each_json_row_has_its_own_optional_fields(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Who?", "context": CONTEXT, "answer": None},
+        {"question": "Who?", "context": CONTEXT, "answer": "Ada", "answer_start": 13, "id": 7},
+    ]
+    for form in ("jsonl", "list"):
+        one, two = read_examples(write_rows(tmp_path, form, rows))
+        assert (one.answers, two.answers, two.id) == ((), (Answer("Ada", 13),), "7")
+
+
+def test_files_of_one_name_and_folders_of_splits(tmp_path: Path) -> None:
+    row = {"question": "Who?", "context": CONTEXT, "answer": "Bob"}
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name, "csv", [row])
+    pattern = str(tmp_path / "*/data.csv")
+    assert [e.id for e in read_examples(pattern)] == [f"{tmp_path}/{name}/data.csv:2" for name in ("x", "y")]
+    write_rows(tmp_path, "saved", [ROW])
+    with pytest.raises(InputError, match="several splits; choose one: .*/data.saved"):
+        read_examples(str(tmp_path))
+    (tmp_path / "x/manifest.json").write_text("{}")
+    (tmp_path / "x/._data.csv").write_bytes(b"\xff")
+    assert len(read_examples(str(tmp_path / "x"))) == 1
+
+
+def test_long_lines_and_the_mark_of_windows(tmp_path: Path) -> None:
+    long = {**ROW, "context": CONTEXT + " and so on" * 20_000, "answers": "Bob"}
+    for content in ([long], [long, {**long, "id": "2"}]):
+        (tmp_path / "a.json").write_text("\n".join(map(json.dumps, content)))
+        assert len(read_examples(tmp_path / "a.json")) == len(content)
+    squad = {"data": [{"paragraphs": [{"context": CONTEXT, "qas": [{**ROW, "answers": []}]}]}]}
+    for value in (squad, [ROW]):
+        (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(value).encode())
+        assert len(read_examples(tmp_path / "b.json")) == 1
+
+
+def test_saved_datasets_in_another_format_and_with_other_columns(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{**ROW, "label": 1, "page": [1.0] * 50}]).with_format("numpy")
+    rows.save_to_disk(tmp_path / "saved")
+    assert read_examples(tmp_path / "saved")[0].answers == (Answer("left", 17),)
+
+
+def test_columns_without_effect_are_refused(tmp_path: Path) -> None:
+    path = write_nested(tmp_path, "squad", [Example("1", "Who?", CONTEXT)])
+    with pytest.raises(InputError, match="--columns has no effect on SQuAD's JSON"):
+        require_use({"question": "q"}, [str(path)], "--columns")

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,27 @@ def test_a_killed_process_is_an_error_and_not_a_hang() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return len(chunk)
 
-    with pytest.raises(InputError, match="lower --data.processes"):
-        list(in_chunks(job, range(5000), 2))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as in a run, which its workers inherit
+    try:
+        with pytest.raises(InputError, match="lower --data.processes"):
+            list(in_chunks(job, range(5000), 2))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_bad_input_in_the_middle_of_a_stream_ends_the_processes() -> None:
+    def stream() -> Iterator[int]:
+        yield from range(4000)
+        raise InputError("bad")
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(InputError, match="bad"):
+            list(in_chunks(sum, stream(), 2))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(RuntimeError, match="failed in the chunk that starts with id 'x'"):
+        list(in_chunks(lambda chunk: 1 / 0, (Example("x", "", "") for _ in range(3000)), 2))
 
 
 def test_known_window_counts_of_the_dev_set(real_data: Path, roberta: Any, bert: Any) -> None:

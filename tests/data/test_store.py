@@ -55,7 +55,7 @@ def test_unwritable_cache_folder_is_a_clear_error(tmp_path: Path) -> None:
 
 # The arrays of a fixed sample for each FEATURES_VERSION. If this fails, what the readers or the tokenisation
 # produce has changed: raise FEATURES_VERSION in data/store.py and add the new digest here.
-DIGESTS = {2: "468d326976043067"}
+DIGESTS = {"span": {1: "61e832016df787db"}, "text": {2: "1fd521974b8eb76a"}}
 CONTEXT = (
     "Ada Holm built the stone bridge of Fernbay in 1702. Few of the letters have survived. It was moved."
 )
@@ -98,10 +98,26 @@ def test_changed_features_need_a_new_version(tmp_path: Path) -> None:
             ("causal.csv", None, "each", "t5"),
         )
     ]  # fmt: skip
-    running = hashlib.sha256()
-    for arrays in (spans, *texts):
-        for name in sorted(arrays):
-            running.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-            running.update(np.ascontiguousarray(arrays[name]).tobytes())
+    found = {}
+    for kind, parts in (("span", [spans]), ("text", texts)):
+        running = hashlib.sha256()
+        for arrays in parts:
+            for name in sorted(arrays):
+                running.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+                running.update(np.ascontiguousarray(arrays[name]).tobytes())
+        found[kind] = running.hexdigest()[:16]
     assert len(spans["length"]) > 3 and len(texts[0]["length"]) > 3
-    assert DIGESTS[FEATURES_VERSION] == running.hexdigest()[:16]
+    assert {kind: DIGESTS[kind][FEATURES_VERSION[kind]] for kind in found} == found
+
+
+def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
+    for first, second in ((np.arange(2), np.arange(2.0)), (np.ones((2, 3)), np.ones((2, 2)))):
+
+        def fill(writer: Writer, parts: Any = (first, second)) -> dict[str, Any]:
+            for part in parts:
+                writer.append({"x": part})
+            return {}
+
+        with pytest.raises(InputError, match="'x' has dtype"):
+            build(tmp_path / "store", fill)
+        assert list(tmp_path.iterdir()) == []

@@ -94,6 +94,14 @@ def test_token_classification_is_a_span_head(tmp_path: Path) -> None:
     assert torch.equal(plain(**inputs()).logits[visible], model(**inputs())[visible])
 
 
+def test_the_head_of_another_task_is_new(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    written("modernbert", tmp_path, AutoModelForSequenceClassification, num_labels=2)
+    model = load_span_model(str(tmp_path), new_head=True)
+    assert model.network.new_parameters[:2] == ["classifier.bias", "classifier.weight"]
+
+
 def test_longformer_attends_globally_to_the_question_whatever_its_separators(tmp_path: Path) -> None:
     """transformers' own rule needs exactly three separators in every row."""
     written("longformer", tmp_path, sep_token_id=3)

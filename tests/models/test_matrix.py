@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from helpers.matrix import NOT_INVARIANT, NOT_TEXT, PAGE, check, families, page
+from helpers.matrix import NOT_INVARIANT, NOT_TEXT, check, families
+from helpers.models_page import PAGE, page
 
 from plainloop.models.families import REFUSED
 

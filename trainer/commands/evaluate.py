@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plainloop.data.readers.causalqa import TextOptions, data_files, is_causalqa, read_text
-from plainloop.data.readers.examples import Examples, ReadOptions
+from plainloop.data.readers.examples import Examples, ReadOptions, require_use
 from plainloop.data.readers.files import read_json
 from plainloop.trainer.config.command_options import ScoreConfig, ScoreTextConfig
 from plainloop.trainer.config.options import TextConfig, TrainConfig
@@ -71,6 +71,7 @@ def score_predictions(config: ScoreConfig) -> dict[str, float]:
     refuse_unused(config, {"data", "predictions", *used}, kind)
     if causalqa:
         return score_text_predictions(config, files)
+    require_use(config.columns, files, "--columns")
     read = Examples(files, ReadOptions(config.columns, locate=False))
     examples = list(read)
     for note in read.notes:
@@ -140,6 +141,8 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
     if config.out_dir and world.is_main:
         require_writable(Path(config.out_dir))
     task = task_type(run)
+    if config.columns:
+        require_use(config.columns, task.files(config.data or "", "dev"), "--columns")
     data = tasks.load_split(task, "dev", config.data or "", run, world)
     if config.rouge_bootstrap and "rougeL_f1" not in task.metrics(data.store):
         raise InputError("--rouge_bootstrap is for CausalQA; this is SQuAD data.")

@@ -156,13 +156,18 @@ def require_metric(task: Task, dataset: Dataset, name: str) -> None:
         raise InputError(f"evaluation.best_metric {name}: this data gives {', '.join(names)}.")
 
 
+# Newer than version 0.1; without effect they are not part of a key, so that older runs can be resumed.
+NEW_OPTIONS = {"data.columns", "data.ambiguous"}
+
+
 def _store_name(task: Task, split: str, files: list[str], config: TrainConfig, limit: int | None) -> str:
     """A name that covers all that the features depend on. For split train, the run's fingerprint."""
     options = flatten(dataclasses.asdict(config))
     names = [n for n in options if n in task.feature_options or n.partition(".")[0] in task.feature_options]
     names = [n for n in names if split != "train" or n not in FREE_ON_RESUME]
+    names = [n for n in names if n not in NEW_OPTIONS or options[n] not in ({}, "error")]
     key = stores.digest(
-        FEATURES_VERSION,
+        FEATURES_VERSION.get(config.task, 1),
         type(task).__name__,
         tokenizer_description(task.tokenizer),
         split,

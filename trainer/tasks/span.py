@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from plainloop.data.loader import EncoderCollate
-from plainloop.data.readers.examples import Examples, ReadOptions
+from plainloop.data.readers.examples import Examples, ReadOptions, require_use
 from plainloop.data.readers.files import find_files
 from plainloop.data.span_answers import Spans, answers, best_spans
 from plainloop.data.span_features import question_limit, span_windows
@@ -53,7 +53,10 @@ class SpanTask:
         question_limit(self.tokenizer, max_length=config.data.max_length, stride=config.data.stride)
 
     def files(self, path: str | Sequence[str], split: str) -> list[str]:
-        return find_files(path, f"data.{split}")
+        files = find_files(path, f"data.{split}")
+        if split == "train":
+            require_use(self.config.data.columns, files, "data.columns")
+        return files
 
     def read(self, files: list[str]) -> Examples:
         data = self.config.data

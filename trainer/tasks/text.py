@@ -17,6 +17,7 @@ from plainloop.data.readers.causalqa import (
     is_causalqa,
     row_of_each_target,
 )
+from plainloop.data.readers.examples import require_use
 from plainloop.data.samplers import subset
 from plainloop.data.store import Store
 from plainloop.data.text_features import pair_rows
@@ -87,6 +88,7 @@ class TextTask:
         causalqa = is_causalqa(files[0])
         if split == "train":
             self._require_effect(not causalqa)
+            require_use(self.config.data.columns, files, "data.columns")
         elif causalqa and self.config.evaluation.metric != "squad":
             raise InputError("evaluation.metric has no effect on CausalQA data; leave it out.")
         return files
