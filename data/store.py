@@ -33,6 +33,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        if "questions" in self.meta:  # written by version 0.1
+            self.meta["counts"] = {**self.meta["questions"], "squad": int(self.meta.get("is_squad", 0))}
         self.arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))}
         self.lengths = np.asarray(self.arrays["length"])
         self.starts = _starts(self.lengths)

@@ -142,7 +142,9 @@ class Doctor:
         for folder in (Path(str(config.data.train)), Path(str(config.data.train)).parent):
             if read_source(folder) and (fault := fault_of(folder)):
                 raise InputError(f"{folder}: {fault}; fetch it again.")
-        self.examples = min(self.rows.store.meta["available"], config.data.limit or 2**62)
+        known = self.rows.store.meta.get("available")  # not in features cached by version 0.1
+        count = known or sum(1 for _ in task.read(task.files(train, "train")))
+        self.examples = min(count, config.data.limit or 2**62)
         text = f"{self.examples} training examples, about {self._rows()} rows of {self._length():.0f} tokens"
         if not config.data.dev:
             raise CheckWarning(f"{text}; no data.dev: nothing will be evaluated")
