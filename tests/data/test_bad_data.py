@@ -80,7 +80,9 @@ def refused(path: Path, message: str, run: Run) -> None:
     assert path.name in error and error.count("\n") == 1, error
 
 
-@pytest.mark.parametrize("form", ROWS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=() if form in ("jsonl", "csv") else pytest.mark.slow) for form in ROWS]
+)
 def test_twenty_bad_rows_of_each_format(
     form: str, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,7 +65,12 @@ def test_signalled_demo_leaves_no_processes_and_a_second_demo_does_no_harm(
     first = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_until(lambda: (run_dir / "metrics.jsonl").exists(), "training")
+        ranks = [pid for pid in processes_with(str(run_dir)) if pid != first.pid]
+        for pid in ranks:  # else the first demo may end before the second has started
+            os.kill(pid, signal.SIGSTOP)
         second = subprocess.run(line, capture_output=True, text=True)
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
         assert second.returncode == 2 and "is being written to by another run" in second.stderr
         assert first.poll() is None
         assert len(processes_with(str(run_dir))) >= 4  # the demo, torchrun and two ranks

@@ -85,6 +85,7 @@ class Watchdog:
     def _run(self) -> None:
         seen, since, looked = -1, time.monotonic(), time.monotonic()
         others: list[int] = []
+        self._tell()  # at once: a rank that hangs in its first second is named too
         while not self._ended.wait(LOOK_S):
             now, before = time.monotonic(), looked
             looked = now
