@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,16 @@ from helpers.tiny_models import tiny_bert, tiny_t5_for  # noqa: E402
 from plainloop.data.demo import make_part  # noqa: E402
 
 REAL_DATA = os.environ.get("PLAINLOOP_REAL_DATA")
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers() -> Iterator[None]:
+    """`plainloop train` ignores signals once its outcome is saved; later tests' processes would inherit that."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    for number, handler in before.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
