@@ -26,7 +26,7 @@ REAL_DATA = os.environ.get("PLAINLOOP_REAL_DATA")
 
 @pytest.fixture(autouse=True)
 def same_signal_handlers() -> Iterator[None]:
-    """`plainloop train` ignores signals once its outcome is saved; later tests' processes would inherit that."""
+    """A run ignores signals once its outcome is saved; processes of later tests would inherit that."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     yield
     for number, handler in before.items():
