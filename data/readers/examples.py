@@ -68,7 +68,7 @@ class Examples:
             faults: list[str] = []
             lost: list[str] = []
             for where, record in self._records(path):
-                made = self._example(path, where, record, located)
+                made = self._example(record, located)
                 if isinstance(made, _Lost):
                     lost.append(f"{where}: id {made.id!r}: {made.reason}")
                     located["left out"] += self.options.ambiguous != "error"
@@ -112,10 +112,9 @@ class Examples:
             return ((where, renamed(record, columns)) for where, record in tasks)
         if not isinstance(first[1], dict):
             raise InputError(f"{path}: {unit} {first[0]}: not an object with question, context and answer.")
-        columns = self._columns(path, first[1])
-        if kind in ("csv", "tsv"):
+        columns, cells = self._columns(path, first[1]), kind in ("csv", "tsv")
+        if cells:
             next(rows)  # the header
-        cells = kind in ("csv", "tsv")
         many = len({Path(file).name for file in self.files}) < len(self.files)
         base = path if many else Path(path).name
         if kind in ("jsonl", "list"):  # each row may have other optional fields
@@ -152,9 +151,7 @@ class Examples:
                 self.notes.append(line)
         return columns
 
-    def _example(
-        self, path: str, where: str, record: dict[str, Any], located: Counter[str]
-    ) -> Example | str | _Lost:
+    def _example(self, record: dict[str, Any], located: Counter[str]) -> Example | str | _Lost:
         """The example, what is wrong with the record, or an answer that can't be located."""
         if record.get("context") is None and not self.options.locate:
             record["context"] = ""
