@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,12 +31,17 @@ class Spans(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """text: "" if the null score beats the best span by more than the threshold; best: best non-null text."""
+    """text: "" if the null score beats the best span by more than the threshold. best: best non-null text,
+    context[start:end]. score: of the best span, -inf if there is none. score_diff: null score - score.
+    """
 
     text: str
     best: str
+    start: int
+    end: int
+    score: float
     score_diff: float
-    nbest: list[dict[str, float | str]]
+    nbest: list[dict[str, Any]]
 
 
 def best_spans(
@@ -148,21 +153,20 @@ def answers(
         null, best_score, where=np.isfinite(best_score), out=np.zeros_like(null)
     ).tolist()
     start, end = spans.char_start[window, 0].tolist(), spans.char_end[window, 0].tolist()
-    nbest: Iterable[list[dict[str, float | str]]] = itertools.repeat([], len(examples))
+    nbest: Iterable[list[dict[str, Any]]] = itertools.repeat([], len(examples))
     if num_best:
         nbest = _nbest(spans, examples, owner, null, num_best)
     predictions = []
     for i, (example, entries) in enumerate(zip(examples, nbest, strict=True)):
         best = example.context[start[i] : end[i]]
-        predictions.append(
-            Prediction("" if score_diff[i] > threshold else best, best, score_diff[i], entries)
-        )
+        text, score = "" if score_diff[i] > threshold else best, float(best_score[i])
+        predictions.append(Prediction(text, best, start[i], end[i], score, score_diff[i], entries))
     return predictions
 
 
 def _nbest(
     spans: Spans, examples: Sequence[Example], owner: np.ndarray, null: np.ndarray, num_best: int
-) -> Iterator[list[dict[str, float | str]]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Yield each example's best spans with distinct texts and its null answer, with softmax probabilities.
 
     owner (N,): the example of each window; null: one score per example. All spans are sorted at once; the
@@ -174,16 +178,14 @@ def _nbest(
     flat, bounds = flat[order], np.searchsorted(example_of[order], np.arange(len(examples) + 1)).tolist()
     score, start, end = (a.ravel()[flat].tolist() for a in (spans.score, spans.char_start, spans.char_end))
     for i, example in enumerate(examples):
-        entries: dict[str, float] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for j in range(bounds[i], bounds[i + 1]):
-            entries.setdefault(example.context[start[j] : end[j]], score[j])
+            text = example.context[start[j] : end[j]]
+            entries.setdefault(text, {"text": text, "score": score[j], "start": start[j], "end": end[j]})
             if len(entries) == num_best:
                 break
-        entries[""] = max(float(null[i]), entries.get("", -math.inf))
-        ranked = sorted(entries.items(), key=lambda entry: -entry[1])
-        weights = [math.exp(value - ranked[0][1]) for _, value in ranked]
+        entries[""] = {"text": "", "score": float(null[i])}
+        ranked = sorted(entries.values(), key=lambda entry: -entry["score"])
+        weights = [math.exp(entry["score"] - ranked[0]["score"]) for entry in ranked]
         total = sum(weights)
-        yield [
-            {"text": text, "score": value, "probability": weight / total}
-            for (text, value), weight in zip(ranked, weights, strict=True)
-        ]
+        yield [entry | {"probability": w / total} for entry, w in zip(ranked, weights, strict=True)]

@@ -28,19 +28,27 @@ FEATURES_VERSION = {"span": 1, "text": 2}
 
 
 class Store:
-    """Arrays of a store folder, opened read-only. lengths (N,) in tokens; starts (N,) index flat arrays."""
+    """Features as arrays. lengths (N,) in tokens; starts (N,) index flat arrays."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        if "questions" in self.meta:  # written by version 0.1
-            self.meta["counts"] = {**self.meta["questions"], "squad": int(self.meta.get("is_squad", 0))}
-        self.arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))}
+    name = ""  # of the folder, if it was opened from one: the digest of what the features depend on
+
+    def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any] | None = None) -> None:
+        self.arrays, self.meta = arrays, meta or {}
         self.lengths = np.asarray(self.arrays["length"])
         self.starts = _starts(self.lengths)
         self._target_starts = (
             _starts(self.arrays["target_length"]) if "target_length" in self.arrays else None
         )
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open a store folder, read-only."""
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        if "questions" in meta:  # written by version 0.1
+            meta["counts"] = {**meta["questions"], "squad": int(meta.get("is_squad", 0))}
+        store = cls({file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))}, meta)
+        store.name = path.name
+        return store
 
     @property
     def row_lengths(self) -> np.ndarray:
@@ -173,7 +181,7 @@ def build(path: Path, fill: Callable[[Writer], dict[str, Any]]) -> Store:
                         raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # gone if it was published
-    return Store(path)
+    return Store.open(path)
 
 
 def wait_for(path: Path, *, poll_s: float = 0.2, report_s: float = 300) -> Store:
@@ -188,4 +196,4 @@ def wait_for(path: Path, *, poll_s: float = 0.2, report_s: float = 300) -> Store
                 file=sys.stderr,
                 flush=True,
             )
-    return Store(path)
+    return Store.open(path)

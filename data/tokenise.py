@@ -22,7 +22,9 @@ Arrays = dict[str, np.ndarray]
 Job = Callable[[Sequence[Any]], Any]
 
 
-def in_chunks(job: Job, examples: Iterable[Any], processes: int) -> Iterator[tuple[int, Any]]:
+def in_chunks(
+    job: Job, examples: Iterable[Any], processes: int, *, quiet: bool = False
+) -> Iterator[tuple[int, Any]]:
     """Yield (number of examples, job(examples)) of each chunk of examples, in order.
 
     A few chunks per process are in memory at a time, so that examples may be a stream of any length.
@@ -32,7 +34,7 @@ def in_chunks(job: Job, examples: Iterable[Any], processes: int) -> Iterator[tup
     first = list(itertools.islice(stream, MIN_EXAMPLES_FOR_PROCESSES))
     several = processes > 1 and len(first) == MIN_EXAMPLES_FOR_PROCESSES
     chunks = _chunks(itertools.chain(first, stream))
-    with tqdm(total=total, desc="tokenise", unit="q", delay=2, mininterval=1) as bar:
+    with tqdm(total=total, desc="tokenise", unit="q", delay=2, mininterval=1, disable=quiet) as bar:
         results = _fork(job, chunks, processes) if several else ((len(c), job(c)) for c in chunks)
         for count, result in results:
             yield count, result

@@ -1,4 +1,4 @@
-"""The command line: plainloop train | evaluate | fetch | doctor | demo.
+"""The command line: plainloop train | evaluate | predict | fetch | doctor | demo.
 
 torch is imported only by the commands that need it.
 """
@@ -20,6 +20,7 @@ Fine-tune question-answering models with a training loop you can read in one sit
 
   train      start or resume the run in --run_dir   (plainloop train --config squad.yaml --optim.lr 3e-5)
   evaluate   score a checkpoint or a predictions file with the official SQuAD metrics or those of CausalQA
+  predict    answer questions with a trained model   (plainloop predict --model runs/squad)
   fetch      download model, tokenizer and data for offline nodes   (plainloop fetch --model roberta-base)
   doctor     check before a job that `train` will run here; takes the options of train
   demo       train and evaluate on a small generated corpus with two processes (--task text: a small T5)
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code. A user error prints one line and returns 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "evaluate": _evaluate, "fetch": _fetch, "doctor": _doctor, "demo": _demo,
+        "train": _train, "evaluate": _evaluate, "predict": _predict, "fetch": _fetch, "doctor": _doctor,
+        "demo": _demo,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -110,10 +112,10 @@ def _evaluate(arguments: list[str]) -> int:
     from plainloop.trainer.config.parse import parse
 
     config = parse(ScoreConfig, _as_list(arguments, "--summary"), program="plainloop evaluate")
-    from plainloop.trainer.commands.evaluate import print_metrics, refuse_unused, score
+    from plainloop.trainer.trained.evaluate import print_metrics, refuse_unused, score
 
     if config.summary is not None:
-        from plainloop.trainer.commands.seeds import summary
+        from plainloop.trainer.trained.seeds import summary
 
         refuse_unused(config, {"summary"}, "--summary")
         print(summary(config.summary))
@@ -121,6 +123,17 @@ def _evaluate(arguments: list[str]) -> int:
     metrics = score(config)
     if metrics is not None:
         print_metrics(metrics)
+    return 0
+
+
+def _predict(arguments: list[str]) -> int:
+    from plainloop.trainer.config.command_options import PredictConfig
+    from plainloop.trainer.config.parse import parse
+
+    config = parse(PredictConfig, arguments, program="plainloop predict")
+    from plainloop.trainer.trained.predict import predict
+
+    predict(config)
     return 0
 
 

@@ -34,12 +34,14 @@ class ReadOptions:
     """How to read records.
 
     columns: field (a key of COLUMNS) -> name of the column. ambiguous: what to do with an answer without a
-    start that occurs in its context several times or not at all; locate: whether answers need a start at all.
+    start that occurs in its context several times or not at all; locate: whether answers need a start at all;
+    answers: whether to read them; without, unlabelled data will do.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     ambiguous: Literal["error", "skip", "first"] = "error"
     locate: bool = True
+    answers: bool = True
 
 
 DEFAULT = ReadOptions()
@@ -100,7 +102,7 @@ class Examples:
         rows = itertools.chain([first], rows)
         if kind == "jsonl" and isinstance(first[1], dict) and {"header", "qas"} & first[1].keys():
             return mrqa_records(path, rows)
-        if kind == "list" and isinstance(first[1], dict) and {"annotations", "completions"} & first[1].keys():
+        if kind == "list" and isinstance(first[1], dict) and _is_label_studio(first[1]):
             if not isinstance(first[1].get("data"), dict):
                 raise InputError(f"{path}: task 1: not a Label Studio task: no object 'data'.")
             if "answer" in self.names:
@@ -138,7 +140,7 @@ class Examples:
             wanted = [self.names[name]] if name in self.names else usual
             if found := next((column for column in wanted if column in row), None):
                 columns[name] = found
-            elif name in self.names or (name in REQUIRED and (name != "context" or self.options.locate)):
+            elif name in self.names or self._required(name):
                 there = ", ".join(map(str, row))
                 raise InputError(
                     f"{path}: no column {' or '.join(wanted)} (it has {there}); name the {name}'s column with"
@@ -151,12 +153,21 @@ class Examples:
                 self.notes.append(line)
         return columns
 
+    def _required(self, name: str) -> bool:
+        if name == "context":
+            return self.options.locate
+        return name in REQUIRED and (name != "answer" or self.options.answers)
+
     def _example(self, record: dict[str, Any], located: Counter[str]) -> Example | str | _Lost:
         """The example, what is wrong with the record, or an answer that can't be located."""
         if record.get("context") is None and not self.options.locate:
             record["context"] = ""
-        if fault := record.get("fault") or _fault(record):
+        if not self.options.answers:
+            record = {**record, "answers": [], "unlabelled": None}
+        if fault := record.get("fault") or record.get("unlabelled") or _fault(record):
             return str(fault)
+        if not self.options.answers and self.options.locate and not record["context"].strip():
+            return "the context is empty"
         context, several = record["context"], 0
         found: list[Answer] = []
         for answer in record["answers"]:
@@ -245,3 +256,7 @@ def require_use(columns: Mapping[str, str], files: Sequence[str], option: str) -
     """Raise InputError if none of these files has columns that could be named."""
     if columns and all(format_of(path) == "squad" for path in files):
         raise InputError(f"{option} has no effect on SQuAD's JSON; leave it out.")
+
+
+def _is_label_studio(task: dict[str, Any]) -> bool:
+    return bool({"annotations", "completions"} & task.keys()) or isinstance(task.get("data"), dict)

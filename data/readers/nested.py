@@ -107,12 +107,10 @@ def label_studio_records(items: Iterator[Any]) -> Records:
             done = [annotation for annotation in given if not annotation.get("was_cancelled")]
             answers = [answer for annotation in done for answer in _labelled(annotation["result"])]
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            yield where, {**record, "fault": f"its annotation can't be read ({error!r})"}
+            yield where, {**record, "answers": [], "unlabelled": f"its annotation can't be read ({error!r})"}
             continue
-        if done:
-            yield where, {**record, "answers": answers}
-        else:
-            yield where, {**record, "fault": "not annotated; export the annotated tasks alone"}
+        unlabelled = None if done else "not annotated; export the annotated tasks alone"
+        yield where, {**record, "answers": answers, "unlabelled": unlabelled}
 
 
 def _labelled(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -88,10 +88,10 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str], *, cells: bool =
     record.setdefault("context", "")
     if isinstance(record.get("id"), int):
         record["id"] = str(record["id"])
-    answer, start = record.pop("answer"), record.pop("answer_start", None)
+    answer, start = record.pop("answer", None), record.pop("answer_start", None)
     if cells:
         answer, start = _decoded(answer, "[{"), _decoded(start, "[-0123456789")
-    record["answers"] = _answers(answer, start)
+    record["answers"], record["unlabelled"] = _answers(answer, start), row.get("unlabelled")
     return record
 
 

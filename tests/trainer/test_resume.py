@@ -76,7 +76,7 @@ def test_concurrent_reader_always_finds_a_valid_checkpoint(options: Any, train: 
     """`evaluate --model RUN` while the run saves checkpoints, updates `best` and deletes old ones."""
     import threading
 
-    from plainloop.trainer.commands.evaluate import checkpoint_path
+    from plainloop.trainer.trained.evaluate import checkpoint_path
 
     run_dir, found, ended = Path(options["run_dir"]), [], threading.Event()
 

@@ -1,1 +1,1 @@
-"""Every command but train."""
+"""The commands before and around training: doctor, demo, fetch."""

@@ -134,3 +134,38 @@ class FetchConfig:
     dataset_config: str | None = option(None, "configuration to use, if the data set has several")
     dataset_revision: str | None = option(None, "data set revision: branch, tag or commit")
     causalqa: str | None = option(None, "downloaded Webis-CausalQA-22 archive (zip)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Answer questions with a trained model: one, a file of them, or at a terminal one after another.
+
+    Example:
+        plainloop predict --model runs/squad --question "Who built it?" --context page.txt
+        plainloop predict --model runs/squad --data questions.jsonl --out answers.jsonl
+    """
+
+    model: str | None = option(None, "checkpoint folder, run folder (uses its best checkpoint), or Hub name")
+    question: str | None = option(None, "one question, about --context; the answer is printed as JSON")
+    context: str | None = option(None, "a text file, or the text itself")
+    data: list[str] | str | None = option(
+        None, "questions with contexts, in any format that train reads; answers are not needed"
+    )
+    columns: dict[str, str] = option(dict, "columns of the data with other names, as in train")
+    out: str | None = option(
+        None, "JSON lines file for the answers to --data; OUT.part until it is complete, and continued"
+    )
+    max_length: int | None = option(None, "tokens per window; default: as in training, else 384")
+    stride: int | None = option(None, "overlap of neighbouring windows; default: as in training, else 128")
+    max_answer_length: int = option(30, "maximum length of an answer, in tokens", minimum=1)
+    null_threshold: float = option(0.0, "predict '' if null score - best score exceeds this")
+    num_best: int = option(5, "candidates per question", minimum=1)
+    text: ScoreTextConfig = field(default_factory=ScoreTextConfig)
+    tokens_per_device: int = option(8192, "padded tokens per batch", minimum=1)
+    processes: int | None = option(None, "processes for tokenising; default: the cores this process may use")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "precision of the forward pass; auto: chosen for this device, as in train"
+    )
+    tf32: bool = option(True, "with fp32 on a GPU: multiply matrices in TF32")
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "device to run the model on")
+    timeout_s: int = option(600, "seconds that a rank waits for the others before it aborts", minimum=1)

@@ -26,8 +26,10 @@ def generate_texts(
     nulls: Collection[str],
     max_new_tokens: int,
     num_beams: int,
-) -> dict[int, str] | None:
-    """All ranks. Generate a text per example; rank 0 returns example -> text, the others None.
+    scored: bool = False,
+) -> dict[int, tuple[str, float]] | None:
+    """All ranks. Generate a text per example; rank 0 returns example -> (text, log-probability), others None.
+    Without `scored`, the log-probability is only computed where it decides between windows, and else 0.
 
     Rows of similar length share a batch; no collective before the end. If an example has several windows, the
     answer with the highest log-probability wins (ties: the earlier window), and one of `nulls` only if all
@@ -41,7 +43,7 @@ def generate_texts(
         inputs = to_device(collate(part).inputs, world.device)
         with autocast(settings.precision, world.device):
             ids = generate(model, inputs, max_new_tokens=max_new_tokens, num_beams=num_beams)
-            need = several[part].any()
+            need = scored or several[part].any()
             scores = sequence_log_probs(model, inputs, ids) if need else torch.zeros(len(part))
         texts = np.array(decode(ids.cpu().numpy()), dtype=np.str_)
         parts.append({"row": part, "text": texts, "score": np.array(scores.tolist(), dtype=np.float64)})
@@ -57,11 +59,11 @@ def generate_texts(
 
 def best_of_windows(
     owner: np.ndarray, texts: np.ndarray, scores: np.ndarray, nulls: Collection[str]
-) -> dict[int, str]:
+) -> dict[int, tuple[str, float]]:
     """Choose a text per example: an answer beats a null, then the higher score, then the earlier window."""
     best: dict[int, tuple[bool, float, str]] = {}
     for example, text, score in zip(owner.tolist(), texts.tolist(), scores.tolist(), strict=True):
         answered = text not in nulls
         if example not in best or (answered, score) > best[example][:2]:
             best[example] = (answered, score, text)
-    return {example: text for example, (_, _, text) in best.items()}
+    return {example: (text, score) for example, (_, score, text) in best.items()}

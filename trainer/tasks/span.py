@@ -98,17 +98,24 @@ class SpanTask:
         return span_loss_sum(logits, labels)
 
     def evaluate(self, model: nn.Module, dataset: Dataset, settings: EvaluationSettings) -> Scores:
-        store, options = dataset.store, settings.options
+        loss, spans = self.spans(model, dataset.store, settings)
+        if spans is None:
+            return Scores()
+        scores = score_spans(spans, dataset.examples, dataset.store, settings.options)
+        return Scores(scores.metrics | {"loss": loss}, scores.files)
+
+    def spans(
+        self, model: nn.Module, store: Store, settings: EvaluationSettings
+    ) -> tuple[float, Spans | None]:
+        """All ranks. The loss, and on rank 0 the best spans of all windows."""
+        options = settings.options
 
         def decode(logits: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
             length, num_best = options.max_answer_length, max(1, options.num_best)
             return best_spans(logits, rows, store, max_answer_length=length, num_best=num_best)._asdict()
 
         loss, spans = forward_rows(model, store, self.collate(store), span_loss_sum, settings, reduce=decode)
-        if spans is None:
-            return Scores()
-        scores = score_spans(Spans(**spans), dataset.examples, store, options)
-        return Scores(scores.metrics | {"loss": loss}, scores.files)
+        return loss, None if spans is None else Spans(**spans)
 
 
 def score_spans(spans: Spans, examples: Sequence[Example], store: Store, options: EvaluationConfig) -> Scores:

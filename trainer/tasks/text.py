@@ -144,22 +144,12 @@ class TextTask:
         chosen = subset(len(first), self.text.generate if settings.training else None)
         if not len(chosen):
             return Scores({"loss": loss})
-        nulls = self._nulls() if squad else set()
-        texts = generate_texts(
-            network,
-            store,
-            collate,
-            np.flatnonzero(np.isin(owner, chosen)),
-            settings,
-            decode=self._decode,
-            nulls=nulls,
-            max_new_tokens=self.text.max_new_tokens or MAX_NEW_TOKENS[squad],
-            num_beams=self.text.num_beams,
-        )
-        if texts is None:
+        rows = np.flatnonzero(np.isin(owner, chosen))
+        answers = self.generate(network, store, rows, settings)
+        if answers is None:
             return Scores()
         examples = [dataset.examples[i] for i in chosen]
-        predictions = ["" if texts[int(i)] in nulls else texts[int(i)] for i in chosen]
+        predictions = [answers[int(i)][0] for i in chosen]
         rules = metric_rules(settings.options.metric, settings.options.language)
         scores = score_texts(examples, predictions, bootstrap=settings.bootstrap, rules=rules)
         metrics = scores | {"loss": loss}
@@ -168,6 +158,34 @@ class TextTask:
         if squad:
             files["predictions.json"] = {e.id: text for e, text in zip(examples, predictions, strict=True)}
         return Scores(metrics, files)
+
+    def generate(
+        self,
+        model: Seq2SeqModel,
+        store: Store,
+        rows: np.ndarray,
+        settings: EvaluationSettings,
+        *,
+        scored: bool = False,
+    ) -> dict[int, tuple[str, float]] | None:
+        """All ranks. See generate_texts; the null target becomes ""."""
+        squad = bool(store.meta["counts"]["squad"])
+        nulls = self._nulls() if squad else set()
+        found = generate_texts(
+            model,
+            store,
+            self.collate(store),
+            rows,
+            settings,
+            decode=self._decode,
+            nulls=nulls,
+            max_new_tokens=self.text.max_new_tokens or MAX_NEW_TOKENS[squad],
+            num_beams=self.text.num_beams,
+            scored=scored,
+        )
+        if found is None:
+            return None
+        return {i: ("" if text in nulls else text, score) for i, (text, score) in found.items()}
 
     def _require_effect(self, squad: bool) -> None:
         """Raise InputError for options that this kind of training data would silently ignore."""

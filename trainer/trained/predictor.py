@@ -1,0 +1,140 @@
+"""A trained model as a function from questions and contexts to answers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from plainloop.data.readers.causalqa import as_text
+from plainloop.data.tokenise import CHUNK, in_chunks
+from plainloop.data.types import Example
+from plainloop.trainer.config.command_options import PredictConfig, ScoreConfig
+from plainloop.trainer.errors import InputError
+from plainloop.trainer.trained.evaluate import as_trained, check_options, checkpoint_path
+
+Report = Callable[[str], None]
+
+
+class Predictor:
+    """Answers questions, with the windows, the search and the threshold of `plainloop evaluate`.
+
+    predictor = Predictor.from_run("runs/squad")
+    predictor("Who built it?", "Ada built it.")["answer"]
+
+    Calls from several threads take turns. See tasks.answering for what an answer holds.
+    """
+
+    def __init__(self, config: PredictConfig, world: Any, report: Report = lambda line: None) -> None:
+        """All ranks, inside their process group. Loads the model. Raises InputError."""
+        from plainloop.models.load import overflows_in_fp16
+        from plainloop.trainer.distributed.device import set_up_device
+        from plainloop.trainer.precision import resolve_precision, warnings
+        from plainloop.trainer.tasks import answering
+        from plainloop.trainer.tasks import base as tasks
+        from plainloop.trainer.tasks.evaluation import EvaluationSettings
+        from plainloop.trainer.tasks.find import find_task
+
+        self.config, self.path = config, checkpoint_path(str(config.model))
+        scoring = as_scoring(config)
+        run = as_trained(self.path, scoring)
+        if run.task not in ("span", "text"):
+            raise InputError(f"{self.path}: predict knows the tasks span and text, not {run.task}.")
+        task_type = find_task(run.task)
+        check_options(run.task, task_type.uses, scoring)
+        self.text = run.task == "text"
+        self.task: Any = task_type(run)
+        set_up_device(world, tf32=config.tf32, deterministic=False)
+        overflows = overflows_in_fp16(self.path)
+        precision, why = resolve_precision(config.precision, world.device, overflows_in_fp16=overflows)
+        for line in (
+            f"precision {precision}: {why}",
+            *warnings(precision, world.device, overflows_in_fp16=overflows),
+        ):
+            report(line)
+        options = replace(run.evaluation, num_best=config.num_best)
+        self.settings = EvaluationSettings(world, precision, config.tokens_per_device, options)
+        self.model = tasks.load_model(self.task, self.path, run, world, new_head=False).eval()
+        self._answer: Any = answering.answer_texts if self.text else answering.answer_spans
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_run(cls, path: str, **options: Any) -> Predictor:
+        """Load a run folder, a checkpoint or a Hub name, in this process alone. options: of PredictConfig."""
+        from plainloop.trainer.distributed.world import world_from_env
+
+        config = PredictConfig(model=path, **options)
+        return cls(config, replace(world_from_env(config.device), rank=0, size=1))
+
+    def __call__(self, question: str | Sequence[str], context: str | Sequence[str]) -> Any:
+        """One question on one context gives a dict; lists of equal length give a list. Raises InputError."""
+        one = isinstance(question, str)
+        questions = [question] if isinstance(question, str) else list(question)
+        contexts = [context] * len(questions) if isinstance(context, str) else list(context)
+        if len(questions) != len(contexts):
+            raise InputError(f"{len(questions)} questions, but {len(contexts)} contexts.")
+        for name, texts in (("question", questions), ("context", contexts)):
+            if name == "question" or not self.text:
+                if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+                    raise InputError(f"the {name} is empty" + ("." if one else f" (number {empty[0]})."))
+        examples = [Example(str(i), *pair) for i, pair in enumerate(zip(questions, contexts, strict=True))]
+        with self._lock:
+            answers = [answer for _, answer in self.stream(examples, processes=1)]
+        return answers[0] if one else answers
+
+    def stream(
+        self, examples: Iterable[Example], *, processes: int
+    ) -> Iterator[tuple[Example, dict[str, Any]]]:
+        """All ranks. Yield (example, answer) in order, on rank 0. A chunk of examples shares its batches, so
+        that an answer does not depend on what came before.
+        """
+        ahead, chunks = itertools.tee(_chunked(examples))
+        job, flat = functools.partial(_encode, self), itertools.chain.from_iterable(ahead)
+        encoded_chunks = in_chunks(job, flat, processes, quiet=True)
+        for chunk, (_, encoded) in zip(chunks, encoded_chunks, strict=True):
+            answers = self._answer(self.task, self.model, encoded, self._examples(chunk), self.settings)
+            yield from zip(chunk, answers or (), strict=False)
+
+    def _examples(self, examples: Sequence[Example]) -> Sequence[Any]:
+        return [as_text(e, self.task.options) for e in examples] if self.text else examples
+
+
+def _chunked(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    stream = iter(examples)
+    while chunk := list(itertools.islice(stream, CHUNK)):
+        yield chunk
+
+
+def _encode(predictor: Predictor, examples: Sequence[Example]) -> Any:
+    """The features of a chunk. Raises InputError for a question that does not fit into a window."""
+    encoded = predictor.task.encode(predictor._examples(examples), "dev")
+    if predictor.text or not any(encoded.warnings.values()):
+        return encoded
+    from plainloop.data.span_features import question_limit
+
+    data, tokenizer = predictor.task.config.data, predictor.task.tokenizer
+    limit = question_limit(tokenizer, max_length=data.max_length, stride=data.stride)
+    for e in examples:
+        length = len(tokenizer(e.question.strip(), add_special_tokens=False, verbose=False)["input_ids"])
+        if length > limit:
+            raise InputError(
+                f"id {e.id!r}: the question has {length} tokens, but a window of {data.max_length} has room"
+                f" for {limit}; shorten it, or raise --max_length."
+            )
+    return encoded
+
+
+def as_scoring(config: PredictConfig) -> ScoreConfig:
+    """The options of evaluate that say the same, where they are not the default."""
+    names = "max_length stride max_answer_length null_threshold num_best text precision device tf32".split()
+    default = PredictConfig()
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    return ScoreConfig(model=config.model, **given)
+
+
+def tokenising_processes(config: PredictConfig) -> int:
+    return config.processes or len(os.sched_getaffinity(0))
