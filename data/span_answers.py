@@ -131,12 +131,19 @@ def _top(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def answers(
-    spans: Spans, examples: Sequence[Example], store: Store, *, threshold: float = 0.0, num_best: int = 0
+    spans: Spans,
+    examples: Sequence[Example],
+    store: Store,
+    *,
+    threshold: float = 0.0,
+    num_best: int = 0,
+    temperature: float | None = None,
 ) -> list[Prediction]:
     """Return one Prediction per example, given the spans of all windows (any order, each exactly once).
 
     Predicts "" iff score_diff = null - best > threshold. null is the minimum null score over a question's
     windows; best is the maximum span score (ties: the earlier window). Without a valid span, the text is "".
+    temperature: of calibrated probabilities, for which the threshold is taken off the null score.
     """
     order = np.argsort(spans.row, kind="stable")
     if not np.array_equal(spans.row[order], np.arange(len(store))):
@@ -155,7 +162,8 @@ def answers(
     start, end = spans.char_start[window, 0].tolist(), spans.char_end[window, 0].tolist()
     nbest: Iterable[list[dict[str, Any]]] = itertools.repeat([], len(examples))
     if num_best:
-        nbest = _nbest(spans, examples, owner, null, num_best)
+        shift = 0.0 if temperature is None else threshold
+        nbest = _nbest(spans, examples, owner, null, num_best, shift, temperature or 1.0)
     predictions = []
     for i, (example, entries) in enumerate(zip(examples, nbest, strict=True)):
         best = example.context[start[i] : end[i]]
@@ -165,9 +173,16 @@ def answers(
 
 
 def _nbest(
-    spans: Spans, examples: Sequence[Example], owner: np.ndarray, null: np.ndarray, num_best: int
+    spans: Spans,
+    examples: Sequence[Example],
+    owner: np.ndarray,
+    null: np.ndarray,
+    num_best: int,
+    shift: float,
+    temperature: float,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield each example's best spans with distinct texts and its null answer, with softmax probabilities.
+    """Yield each example's best spans with distinct texts and its null answer, with softmax probabilities of
+    (score / temperature); those of the null answer are lower by `shift`.
 
     owner (N,): the example of each window; null: one score per example. All spans are sorted at once; the
     texts are extracted one by one.
@@ -185,7 +200,9 @@ def _nbest(
             if len(entries) == num_best:
                 break
         entries[""] = {"text": "", "score": float(null[i])}
-        ranked = sorted(entries.values(), key=lambda entry: -entry["score"])
-        weights = [math.exp(entry["score"] - ranked[0]["score"]) for entry in ranked]
+        logits = {text: entry["score"] - (0 if text else shift) for text, entry in entries.items()}
+        ranked = sorted(entries.values(), key=lambda entry: -logits[entry["text"]])
+        top = max(logits.values())
+        weights = [math.exp((logits[entry["text"]] - top) / temperature) for entry in ranked]
         total = sum(weights)
         yield [entry | {"probability": w / total} for entry, w in zip(ranked, weights, strict=True)]

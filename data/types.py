@@ -21,12 +21,13 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One question. No answers means that the context does not answer it."""
+    """One question. No answers means that the context does not answer it. title: of the context's article."""
 
     id: str
     question: str
     context: str
     answers: tuple[Answer, ...] = ()
+    title: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: plainloop train | evaluate | predict | fetch | doctor | demo.
+"""The command line: plainloop train, evaluate, predict and so on.
 
 torch is imported only by the commands that need it.
 """
@@ -11,7 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+from plainloop.data.errors import InputError
+
+T = TypeVar("T")
 
 USAGE = """\
 usage: plainloop COMMAND [--config FILE] [--option value ...]
@@ -21,6 +25,7 @@ Fine-tune question-answering models with a training loop you can read in one sit
   train      start or resume the run in --run_dir   (plainloop train --config squad.yaml --optim.lr 3e-5)
   evaluate   score a checkpoint or a predictions file with the official SQuAD metrics or those of CausalQA
   predict    answer questions with a trained model   (plainloop predict --model runs/squad)
+  calibrate  fit when it should say "no answer", and how probable its answers are
   fetch      download model, tokenizer and data for offline nodes   (plainloop fetch --model roberta-base)
   doctor     check before a job that `train` will run here; takes the options of train
   demo       train and evaluate on a small generated corpus with two processes (--task text: a small T5)
@@ -37,14 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code. A user error prints one line and returns 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "evaluate": _evaluate, "predict": _predict, "fetch": _fetch, "doctor": _doctor,
-        "demo": _demo,
+        "train": _train, "evaluate": _evaluate, "predict": _predict, "calibrate": _calibrate,
+        "fetch": _fetch, "doctor": _doctor, "demo": _demo,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if arguments else 2
     from plainloop.data.processes import end_with_parent
-    from plainloop.trainer.errors import UNKNOWN, InputError, explain
+    from plainloop.trainer.errors import UNKNOWN, explain
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: don't keep training if the torchrun agent dies
         end_with_parent(signal.SIGTERM)
@@ -80,6 +85,16 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _parse(kind: type[T], arguments: list[str], command: str) -> T:
+    from plainloop.trainer.config.parse import parse
+    from plainloop.trainer.config.validate import range_faults
+
+    config = parse(kind, arguments, program=f"plainloop {command}")
+    if faults := range_faults(config):
+        raise InputError("; ".join(f"--{fault}" for fault in faults))
+    return config
+
+
 def _train(arguments: list[str]) -> int:
     from plainloop.trainer.config.options import TrainConfig
     from plainloop.trainer.config.parse import parse
@@ -108,8 +123,8 @@ def _as_list(arguments: list[str], option: str) -> list[str]:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from plainloop.trainer.config.command_options import ScoreConfig
     from plainloop.trainer.config.parse import parse
+    from plainloop.trainer.config.trained_options import ScoreConfig
 
     config = parse(ScoreConfig, _as_list(arguments, "--summary"), program="plainloop evaluate")
     from plainloop.trainer.trained.evaluate import print_metrics, refuse_unused, score
@@ -127,13 +142,23 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _predict(arguments: list[str]) -> int:
-    from plainloop.trainer.config.command_options import PredictConfig
-    from plainloop.trainer.config.parse import parse
+    from plainloop.trainer.config.trained_options import PredictConfig
 
-    config = parse(PredictConfig, arguments, program="plainloop predict")
+    config = _parse(PredictConfig, arguments, "predict")
     from plainloop.trainer.trained.predict import predict
 
     predict(config)
+    return 0
+
+
+def _calibrate(arguments: list[str]) -> int:
+    from plainloop.trainer.config.trained_options import CalibrateConfig
+
+    config = _parse(CalibrateConfig, arguments, "calibrate")
+    from plainloop.trainer.trained.calibrate import calibrate
+
+    if (result := calibrate(config)) is not None:
+        print(json.dumps(result, indent=2))
     return 0
 
 

@@ -25,6 +25,7 @@ COLUMNS = {
     "context": ("context", "passage", "paragraph", "document", "text"),
     "answer": ("answers", "answer", "answer_text", "target"),
     "answer_start": ("answer_start", "start"),
+    "title": ("title",),
 }
 REQUIRED = ("question", "context", "answer")
 
@@ -192,7 +193,10 @@ class Examples:
                     )
             found.append(Answer(text, start))
         located["first taken"] += several
-        return Example(record["id"], record["question"], context, tuple(found))
+        title = record.get("title")
+        return Example(
+            record["id"], record["question"], context, tuple(found), title if isinstance(title, str) else ""
+        )
 
 
 NO_ANSWER = "an answer needs a 'text' and a whole number 'answer_start'"

@@ -24,7 +24,7 @@ def squad_records(path: str) -> Records:
             for qa in _items(paragraph, "qas", f"{path}: {where}"):
                 if not isinstance(qa, dict):
                     raise InputError(f"{path}: {where}: an entry of 'qas' is not an object.")
-                yield where, {**qa, "context": paragraph.get("context")}
+                yield where, {**qa, "context": paragraph.get("context"), "title": article.get("title")}
     if not found:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("data"), list):

@@ -17,7 +17,7 @@ from plainloop.data.errors import InputError
 from plainloop.data.readers.files import csv_rows, json_lines, require_distinct
 from plainloop.data.readers.nested import json_items
 
-OPTIONAL = ("id", "answer_start")
+OPTIONAL = ("id", "answer_start", "title")
 
 
 def rows_of(path: str, kind: str, wanted: Collection[str]) -> tuple[Iterator[tuple[int, Any]], str]:

@@ -107,8 +107,8 @@ def test_columns_are_named_found_and_said(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"no column nowhere \(it has F, T, A, key, question\)"):
         read_examples(path, ReadOptions({**columns, "context": "nowhere"}))
-    with pytest.raises(InputError, match="unknown field \\['title'\\]; choose from id, question"):
-        read_examples(path, ReadOptions({"title": "F"}))
+    with pytest.raises(InputError, match="unknown field \\['heading'\\]; choose from id, question"):
+        read_examples(path, ReadOptions({"heading": "F"}))
 
 
 def test_files_patterns_folders_and_lists(tmp_path: Path) -> None:

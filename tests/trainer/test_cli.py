@@ -54,8 +54,9 @@ def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> Non
     import dataclasses
     import typing
 
-    from plainloop.trainer.config.command_options import DemoConfig, ScoreConfig
+    from plainloop.trainer.config.command_options import DemoConfig
     from plainloop.trainer.config.options import TrainConfig
+    from plainloop.trainer.config.trained_options import ScoreConfig
 
     def check(kind: Any) -> None:
         for item in dataclasses.fields(kind):

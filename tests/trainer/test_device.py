@@ -99,7 +99,7 @@ def test_evaluation_with_too_little_memory_gives_the_same_metrics(
     """The model runs out of memory on more than 5 rows, like a full GPU."""
     from plainloop.models.seq2seq import Seq2SeqModel
     from plainloop.models.spans import SpanModel
-    from plainloop.trainer.config.command_options import ScoreConfig
+    from plainloop.trainer.config.trained_options import ScoreConfig
     from plainloop.trainer.trained.evaluate import score
 
     options = request.getfixturevalue("options" if task == "span" else "text_options")

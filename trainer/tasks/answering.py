@@ -28,7 +28,15 @@ def answer_spans(
     if spans is None:
         return None
     found = []
-    for p in answers(spans, examples, store, threshold=options.null_threshold, num_best=options.num_best):
+    predictions = answers(
+        spans,
+        examples,
+        store,
+        threshold=options.null_threshold,
+        num_best=options.num_best,
+        temperature=settings.temperature,
+    )
+    for p in predictions:
         answered, known = bool(p.text), math.isfinite(p.score)
         found.append(
             {

@@ -42,6 +42,7 @@ class EvaluationSettings:
     max_tokens: padded tokens per batch. options: `evaluation.*`. name: what is evaluated, for the files.
     folder: of the files; None: write none. should_stop: called by all ranks before each batch, with the same
     answer on all. training: the evaluation may take a subset. bootstrap: ROUGE-L as published for CausalQA.
+    temperature: of calibrated probabilities.
     """
 
     world: World
@@ -53,6 +54,7 @@ class EvaluationSettings:
     should_stop: Callable[[], bool] = never
     training: bool = False
     bootstrap: bool = False
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def squad_scores(
     average precisions, over all thresholds, judged on best_texts (default: predictions). threshold: a
     question whose score_diff exceeds it counts as predicted unanswerable, but not in what score_diff adds.
     """
-    exact, f1 = _per_question(examples, predictions, rules)
+    exact, f1 = per_question(examples, predictions, rules)
     answerable = {e.id: bool(e.answers) for e in examples}
     kept_exact, kept_f1 = (_below(values, answerable, score_diff, threshold) for values in (exact, f1))
     scores = _averages("", kept_exact, kept_f1, list(answerable))
@@ -75,15 +75,16 @@ def squad_scores(
             scores |= _averages(prefix, kept_exact, kept_f1, ids)
     if score_diff is not None:
         if best_texts is not None:
-            exact, f1 = _per_question(examples, best_texts, rules)
+            exact, f1 = per_question(examples, best_texts, rules)
         odds = {i: value for i, value in score_diff.items() if i in answerable}
         scores |= _over_thresholds(answerable, exact, f1, best_texts or predictions, odds)
     return scores
 
 
-def _per_question(
+def per_question(
     examples: Sequence[Example], predictions: Mapping[str, str], rules: Rules
 ) -> tuple[dict[str, float], dict[str, float]]:
+    """Exact match (0 or 1) and F1 (0 to 1) of each question, by id. A missing prediction counts as ""."""
     exact: dict[str, float] = {}
     f1: dict[str, float] = {}
     for example in examples:

@@ -101,7 +101,7 @@ class SpanTask:
         loss, spans = self.spans(model, dataset.store, settings)
         if spans is None:
             return Scores()
-        scores = score_spans(spans, dataset.examples, dataset.store, settings.options)
+        scores = score_spans(spans, dataset.examples, dataset.store, settings.options, settings.temperature)
         return Scores(scores.metrics | {"loss": loss}, scores.files)
 
     def spans(
@@ -118,9 +118,18 @@ class SpanTask:
         return loss, None if spans is None else Spans(**spans)
 
 
-def score_spans(spans: Spans, examples: Sequence[Example], store: Store, options: EvaluationConfig) -> Scores:
+def score_spans(
+    spans: Spans,
+    examples: Sequence[Example],
+    store: Store,
+    options: EvaluationConfig,
+    temperature: float | None = None,
+) -> Scores:
     """The official metrics of the best spans of all windows, and the files that the official script reads."""
-    predictions = answers(spans, examples, store, threshold=options.null_threshold, num_best=options.num_best)
+    threshold, num_best = options.null_threshold, options.num_best
+    predictions = answers(
+        spans, examples, store, threshold=threshold, num_best=num_best, temperature=temperature
+    )
     by_id = dict(zip((example.id for example in examples), predictions, strict=True))
     texts = {i: p.text for i, p in by_id.items()}
     odds = {i: p.score_diff for i, p in by_id.items()}

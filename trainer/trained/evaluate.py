@@ -6,35 +6,21 @@ import dataclasses
 import json
 import sys
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from plainloop.data.readers.causalqa import TextOptions, data_files, is_causalqa, read_text
 from plainloop.data.readers.examples import Examples, ReadOptions, require_use
 from plainloop.data.readers.files import read_json
-from plainloop.trainer.config.command_options import ScoreConfig, ScoreTextConfig
-from plainloop.trainer.config.options import TextConfig, TrainConfig
-from plainloop.trainer.config.parse import flatten, from_dict
+from plainloop.trainer.config.parse import flatten
+from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfig
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.tasks.metrics import causalqa_scores, squad_scores
 from plainloop.trainer.tasks.normalize import metric_rules
+from plainloop.trainer.trained.model_folder import as_trained, check_options, checkpoint_path, merged
+from plainloop.trainer.trained.provenance import provenance
 
-# Options of evaluate that only some tasks use, and what train calls them.
-TASK_OPTION_OF = {
-    "columns": "data.columns",
-    "ambiguous": "data.ambiguous",
-    "metric": "evaluation.metric",
-    "language": "evaluation.language",
-    "max_length": "data.max_length",
-    "stride": "data.stride",
-    "text": "text",
-    "rouge_bootstrap": "text",
-    "max_answer_length": "evaluation.max_answer_length",
-    "null_threshold": "evaluation.null_threshold",
-    "num_best": "evaluation.num_best",
-}
 # Options that have an effect on the scores of a predictions file.
 USED_FOR_SQUAD = {"columns", "null_odds", "na_prob_thresh", "strict", "metric", "language"}
 USED_FOR_CAUSALQA = {"text.dataset", "text.split", "rouge_bootstrap"}
@@ -92,7 +78,10 @@ def score_predictions(config: ScoreConfig) -> dict[str, float]:
         raise InputError(f"{config.null_odds}: {len(without)} ids have no score, first {sorted(without)[0]}.")
     rules = metric_rules(config.metric, config.language)
     threshold = config.na_prob_thresh
-    return squad_scores(examples, predictions, score_diff=odds, threshold=threshold, rules=rules)
+    scores = squad_scores(examples, predictions, score_diff=odds, threshold=threshold, rules=rules)
+    if tuned := tuned_figures(scores, ()):
+        _note(tuned)
+    return scores
 
 
 def score_text_predictions(config: ScoreConfig, files: list[str]) -> dict[str, float]:
@@ -135,7 +124,7 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
     from plainloop.trainer.tasks.find import find_task
 
     world, path = world_from_env(config.device), checkpoint_path(str(config.model))
-    run = as_trained(path, config)
+    run, fitted = as_trained(path, config)
     task_type = find_task(run.task)
     check_options(run.task, task_type.uses, config)
     if config.out_dir and world.is_main:
@@ -162,44 +151,40 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
             name=path,
             folder=Path(config.out_dir) if config.out_dir else None,
             bootstrap=config.rouge_bootstrap,
+            temperature=fitted.temperature if fitted else None,
         )
         model = tasks.load_model(task, path, run, world, new_head=False)
         metrics = tasks.evaluate(task, model, data, settings)
-    return metrics if world.is_main else None
+    if not world.is_main:
+        return None
+    assert metrics is not None  # nobody interrupts this evaluation
+    origin = provenance("evaluate", config, path, data.files)
+    if tuned := tuned_figures(
+        metrics, set(fitted.data.values()) & set(origin["data"].values()) if fitted else ()
+    ):
+        _note(tuned)
+    if config.out_dir:
+        write_provenance(Path(config.out_dir), {**origin, "tuned_on_this_data": tuned})
+    return metrics
 
 
-def as_trained(path: str, config: ScoreConfig) -> TrainConfig:
-    """The config to evaluate the model with: as it was trained, unless `config` says otherwise.
+def tuned_figures(metrics: Collection[str], used_to_fit: Collection[str]) -> str:
+    """Which of the figures were tuned on the data that they are measured on; "" for none."""
+    if used_to_fit:
+        return "all figures: half of this data was used to fit the threshold"
+    return ", ".join(name for name in metrics if name.startswith("best_"))
 
-    Raises InputError for a task outside this package that the user has not named: its code would be run, and
-    anybody may have written the checkpoint.
-    """
-    from plainloop.models.load import load_config
 
-    trained = trained_with(path)
-    recorded = trained.get("task") or ("text" if load_config(path).is_encoder_decoder else "span")
-    if ":" in recorded and config.task is None:
-        raise InputError(f"{path}: was trained with a task of your own; name it: --task {recorded}.")
-    base = from_dict(TrainConfig, trained)
-    chosen = {"max_length": config.max_length, "stride": config.stride}
-    return replace(
-        base,
-        task=config.task or recorded,
-        model=replace(
-            base.model, path=path, compile=False, activation_checkpointing=False, attention=None
-        ),
-        data=replace(
-            base.data, train=None, dev=None, limit=None, cache_dir=config.cache_dir,
-            columns=config.columns, ambiguous=config.ambiguous,
-            **{name: value for name, value in chosen.items() if value is not None},
-        ),
-        text=merged(trained.get("text", {}), config.text),
-        evaluation=replace(
-            base.evaluation, max_answer_length=config.max_answer_length,
-            null_threshold=config.null_threshold, num_best=config.num_best,
-            metric=config.metric, language=config.language,
-        ),
-    )  # fmt: skip
+def _note(tuned: str) -> None:
+    print(f"note: tuned on this data, so too good for other data: {tuned}", file=sys.stderr)
+
+
+def write_provenance(folder: Path, content: dict[str, Any]) -> None:
+    """An I/O error is only a warning, since the scores are known."""
+    try:
+        write_atomically(folder / "provenance.json", json.dumps(content, indent=1, ensure_ascii=False))
+    except OSError as error:
+        _warn(f"{folder}: provenance.json not written: {error.strerror}")
 
 
 def require_writable(folder: Path) -> None:
@@ -211,55 +196,6 @@ def require_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"--out_dir {folder}: {error.strerror or error}.") from None
-
-
-def checkpoint_path(path: str) -> str:
-    """Resolve a run folder to its best, or else newest good, checkpoint. Return any other path unchanged."""
-    from plainloop.trainer.checkpoint.folder import PREFIX, verify
-
-    folder = Path(path)
-    if (folder / "best").exists():
-        for _ in range(3):
-            best = (folder / "best").resolve()
-            if not (fault := verify(best)):
-                return str(best)
-            if (folder / "best").resolve() == best:  # else a running job has replaced it meanwhile
-                break
-        raise InputError(f"{best}: this checkpoint is damaged: {fault}; choose another one with --model.")
-    if not (folder / "checkpoints").is_dir():
-        return path
-    for candidate in sorted((folder / "checkpoints").glob(f"{PREFIX}*"), reverse=True):
-        if verify(candidate) is None:
-            return str(candidate)
-    raise InputError(f"{path}: this run folder has no good checkpoint.")
-
-
-def trained_with(path: str) -> dict[str, Any]:
-    """Return the training config of a plainloop checkpoint; {} for other folders."""
-    try:
-        state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
-        return dict(state["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def check_options(task: str, uses: Collection[str], config: ScoreConfig) -> None:
-    """Raise InputError for options that this task would silently ignore."""
-    default = ScoreConfig()
-    given = [
-        f"--{name}"
-        for name, option in TASK_OPTION_OF.items()
-        if option not in uses and getattr(config, name) != getattr(default, name)
-    ]
-    if given:
-        raise InputError(f"{', '.join(given)}: no effect with task {task}; leave it out.")
-
-
-def merged(trained: dict[str, Any], given: ScoreTextConfig) -> TextConfig:
-    """Return the text options that a run was trained with, overridden by those given."""
-    known = {field.name for field in dataclasses.fields(TextConfig)}
-    chosen = {name: value for name, value in dataclasses.asdict(given).items() if value is not None}
-    return TextConfig(**{name: value for name, value in trained.items() if name in known} | chosen)
 
 
 def _read_map(path: str, kind: Any, what: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from plainloop.data.readers.examples import Examples, ReadOptions
 from plainloop.data.readers.files import find_files
 from plainloop.data.store import digest
 from plainloop.data.types import Example
-from plainloop.trainer.config.command_options import PredictConfig
+from plainloop.trainer.config.trained_options import PredictConfig
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import sync, write_atomically
 from plainloop.trainer.trained.predictor import Predictor, tokenising_processes
@@ -79,15 +79,17 @@ def predict_file(predictor: Predictor, files: list[str], out: Path, is_main: boo
     from plainloop.data.tokenise import CHUNK
     from plainloop.trainer.distributed.world import broadcast_json
 
-    config, read = predictor.config, Examples(files, ReadOptions(predictor.config.columns, answers=False))
-    if predictor.text:
-        read = Examples(files, ReadOptions(config.columns, locate=False, answers=False))
+    config = predictor.config
+    read = Examples(files, ReadOptions(config.columns, locate=not predictor.text, answers=False))
+    total = sum(1 for _ in read) if is_main else None  # a bad record shows now, not after hours
     partial = out.with_name(out.name + ".part")
+    for note in read.notes:
+        say(note)
     done = broadcast_json(begin(partial, key_of(predictor, files)) if is_main else None)
     again = done % CHUNK
     examples: Iterator[Example] = islice(iter(read), done - again, None)
     with tqdm(
-        total=None, initial=done, desc="predict", unit="q", delay=2, mininterval=1, disable=not is_main
+        total=total, initial=done, desc="predict", unit="q", delay=2, mininterval=1, disable=not is_main
     ) as bar:
         stream = predictor.stream(examples, processes=tokenising_processes(config))
         if not is_main:
@@ -103,8 +105,6 @@ def predict_file(predictor: Predictor, files: list[str], out: Path, is_main: boo
                 if number % CHUNK == CHUNK - 1:
                     file.flush()
                 bar.update(1)
-    for note in read.notes:
-        say(note)
     sync(partial)
     os.rename(partial, out)
     key_file(partial).unlink()

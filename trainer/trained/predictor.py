@@ -13,9 +13,9 @@ from typing import Any
 from plainloop.data.readers.causalqa import as_text
 from plainloop.data.tokenise import CHUNK, in_chunks
 from plainloop.data.types import Example
-from plainloop.trainer.config.command_options import PredictConfig, ScoreConfig
+from plainloop.trainer.config.trained_options import PredictConfig, ScoreConfig
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.trained.evaluate import as_trained, check_options, checkpoint_path
+from plainloop.trainer.trained.model_folder import as_trained, check_options, checkpoint_path
 
 Report = Callable[[str], None]
 
@@ -41,7 +41,7 @@ class Predictor:
 
         self.config, self.path = config, checkpoint_path(str(config.model))
         scoring = as_scoring(config)
-        run = as_trained(self.path, scoring)
+        run, fitted = as_trained(self.path, scoring)
         if run.task not in ("span", "text"):
             raise InputError(f"{self.path}: predict knows the tasks span and text, not {run.task}.")
         task_type = find_task(run.task)
@@ -57,7 +57,10 @@ class Predictor:
         ):
             report(line)
         options = replace(run.evaluation, num_best=config.num_best)
-        self.settings = EvaluationSettings(world, precision, config.tokens_per_device, options)
+        temperature = fitted.temperature if fitted else None
+        self.settings = EvaluationSettings(
+            world, precision, config.tokens_per_device, options, temperature=temperature
+        )
         self.model = tasks.load_model(self.task, self.path, run, world, new_head=False).eval()
         self._answer: Any = answering.answer_texts if self.text else answering.answer_spans
         self._lock = threading.Lock()

@@ -1,0 +1,65 @@
+"""calibration.json: beside the weights that it was fitted for, with their digests and its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plainloop.trainer.config.options import TrainConfig
+from plainloop.trainer.errors import InputError
+from plainloop.trainer.run_folder.files import write_atomically
+from plainloop.trainer.trained.provenance import weights_of
+
+NAME = "calibration.json"
+
+
+class Calibration(NamedTuple):
+    """data: file -> SHA-256 of the data of which one half was used to fit."""
+
+    null_threshold: float
+    temperature: float
+    data: dict[str, str]
+
+
+def windows(max_length: int, stride: int, max_answer_length: int) -> dict[str, Any]:
+    return {"max_length": max_length, "stride": stride, "max_answer_length": max_answer_length}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write the result with its own digest. Raises InputError if the folder is not writable."""
+    try:
+        write_atomically(path, json.dumps({**result, "sha256": digest_of(result)}, indent=1))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}.") from None
+
+
+def digest_of(result: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def read_calibration(model: str, run: TrainConfig) -> Calibration:
+    """Read what `calibrate` fitted for this model and these windows. Raises InputError."""
+    path = Path(model) / NAME
+    again = f"run plainloop calibrate --model {model} --data FILE again"
+    if not path.is_file():
+        raise InputError(
+            f"--null_threshold calibrated: {path}: no such file; {again.removesuffix(' again')}."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digest = content.pop("sha256")
+        if digest != digest_of(content):
+            raise ValueError("its digest is another one")
+        fitted = Calibration(float(content["null_threshold"]), float(content["temperature"]), content["data"])
+        weights, options = content["weights"], content["options"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error}); {again}.") from None
+    if weights != weights_of(Path(model)):
+        raise InputError(f"{path}: was fitted for other weights; {again}.")
+    asked = windows(run.data.max_length, run.data.stride, run.evaluation.max_answer_length)
+    if options != asked:
+        changed = ", ".join(f"--{n} {options.get(n)}" for n in asked if options.get(n) != asked[n])
+        raise InputError(f"{path}: was fitted with {changed}; use the same, or {again}.")
+    return fitted

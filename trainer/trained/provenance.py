@@ -1,0 +1,47 @@
+"""Where figures come from: the command, the weights, the data and the versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import shlex
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from plainloop.trainer.config.parse import flatten
+from plainloop.trainer.run_folder.files import sha256
+
+
+def provenance(command: str, config: Any, model: str, data: Iterable[str]) -> dict[str, Any]:
+    """What a file of figures says about its origin."""
+    return {
+        "command": command_line(command, config),
+        "weights": weights_of(Path(model)),
+        "data": {str(Path(file).resolve()): sha256(Path(file)) for file in data if Path(file).is_file()},
+        "versions": versions(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def command_line(command: str, config: Any) -> str:
+    """The command with the options that differ from their defaults, as a shell would read it."""
+    values, default = (flatten(dataclasses.asdict(c)) for c in (config, type(config)()))
+    words = ["plainloop", command]
+    for name, value in values.items():
+        if value != default[name]:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of the weights in a model folder; {} for a Hub name."""
+    files = sorted([*folder.glob("model*.safetensors"), *folder.glob("model.onnx*")])
+    return {file.name: sha256(file) for file in files}
+
+
+def versions() -> dict[str, str]:
+    names = ("plainloop", "torch", "transformers", "tokenizers", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
