@@ -5,6 +5,7 @@ torch is imported only by the commands that need it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -26,6 +27,9 @@ Fine-tune question-answering models with a training loop you can read in one sit
   evaluate   score a checkpoint or a predictions file with the official SQuAD metrics or those of CausalQA
   predict    answer questions with a trained model   (plainloop predict --model runs/squad)
   calibrate  fit when it should say "no answer", and how probable its answers are
+  export     write a trained model into a folder, with a model card   (plainloop export runs/squad --out DIR)
+  push       upload an exported folder to the Hugging Face Hub   (plainloop push DIR user/name)
+  track      copy the curves of runs to a tracker   (plainloop track runs/* --to tensorboard)
   fetch      download model, tokenizer and data for offline nodes   (plainloop fetch --model roberta-base)
   doctor     check before a job that `train` will run here; takes the options of train
   demo       train and evaluate on a small generated corpus with two processes (--task text: a small T5)
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict, "calibrate": _calibrate,
-        "fetch": _fetch, "doctor": _doctor, "demo": _demo,
+        "export": _export, "push": _push, "track": _track, "fetch": _fetch, "doctor": _doctor, "demo": _demo,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -110,6 +114,15 @@ def _train(arguments: list[str]) -> int:
     return 0 if verdict.name == "STOPPED" and quiet else verdict.value
 
 
+def _words(arguments: list[str], *options: str) -> list[str]:
+    """Make options of the words before the first option: `RUN --out DIR` to `--run RUN --out DIR`."""
+    given = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    if len(given) > len(options):
+        raise InputError(f"too many words before the options: {' '.join(given)}; see --help.")
+    named = [part for pair in zip(options, given, strict=False) for part in (f"--{pair[0]}", pair[1])]
+    return [*named, *arguments[len(given) :]]
+
+
 def _as_list(arguments: list[str], option: str) -> list[str]:
     """Turn `--summary a b c`, as expanded by a shell glob, into the list that the option expects."""
     if option not in arguments:
@@ -159,6 +172,39 @@ def _calibrate(arguments: list[str]) -> int:
 
     if (result := calibrate(config)) is not None:
         print(json.dumps(result, indent=2))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from plainloop.trainer.config.trained_options import ExportConfig
+
+    config = _parse(ExportConfig, _words(arguments, "run"), "export")
+    from plainloop.trainer.trained.export import export
+
+    export(config)
+    return 0
+
+
+def _push(arguments: list[str]) -> int:
+    from plainloop.trainer.config.trained_options import PushConfig
+
+    config = _parse(PushConfig, _words(arguments, "folder", "repo"), "push")
+    from plainloop.trainer.trained.push import push
+
+    print(push(config))
+    return 0
+
+
+def _track(arguments: list[str]) -> int:
+    from plainloop.trainer.config.trained_options import TrackConfig
+
+    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    given = ["--runs", json.dumps(runs)] if runs else []
+    config = _parse(TrackConfig, [*given, *arguments[len(runs) :]], "track")
+    from plainloop.trainer.trained.track import track
+
+    track(config)
     return 0
 
 

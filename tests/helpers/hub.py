@@ -1,7 +1,8 @@
-"""A local server with the part of the hub's HTTP API that is needed to download one revision."""
+"""A local server with the part of the hub's HTTP API that it takes to download or upload one revision."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ class Hub:
     def __init__(self, repositories: dict[str, Path]) -> None:
         self.repositories = repositories
         self.requests: list[str] = []
+        self.uploaded: dict[str, bytes] = {}
         self.fail_after: int | None = None  # fail after this many more file downloads
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -51,6 +53,32 @@ class Hub:
                     self.answer(404, b"{}")
 
             do_HEAD = do_GET
+
+            def do_POST(self) -> None:
+                hub.requests.append(f"{self.command} {self.path}")
+                sent = self.rfile.read(int(self.headers["Content-Length"]))
+                if not self.headers.get("Authorization"):
+                    self.answer(401, b"{}")
+                elif self.path == "/api/repos/create":
+                    self.answer(200, json.dumps({"url": f"{hub.url}/user/name"}).encode())
+                elif self.path == "/api/validate-yaml":
+                    self.answer(200, json.dumps({"errors": [], "warnings": []}).encode())
+                elif "/preupload/" in self.path:
+                    one_by_one = {"uploadMode": "regular", "shouldIgnore": False}
+                    files = [{"path": file["path"], **one_by_one} for file in json.loads(sent)["files"]]
+                    self.answer(200, json.dumps({"files": files}).encode())
+                elif "/commit/" in self.path:
+                    for line in map(json.loads, sent.splitlines()):
+                        if line["key"] == "file":
+                            hub.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    made = {
+                        "success": True,
+                        "commitOid": COMMIT,
+                        "commitUrl": f"{hub.url}/user/name/commit/{COMMIT}",
+                    }
+                    self.answer(200, json.dumps(made).encode())
+                else:
+                    self.answer(404, b"{}")
 
             def info(self, kind: str, name: str, revision: str | None) -> None:
                 files = hub.files(kind, name)
@@ -86,7 +114,7 @@ class Hub:
                 for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                if self.command == "GET":
+                if self.command != "HEAD":
                     self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None:

@@ -115,6 +115,33 @@ def test_retention_by_step_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 
+def test_the_best_without_its_optimizer_is_good_but_not_resumed_from(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    retain(tmp_path, keep_last=2, best_step=4, keep_optimizer=False)
+    assert len(list(tmp_path.glob("*/optimizer.safetensors"))) == 2  # those that are kept to resume from
+    save(tmp_path, 5)
+    retain(tmp_path, keep_last=1, best_step=3, keep_optimizer=False)
+    best, newest = tmp_path / "step-00000003", tmp_path / "step-00000005"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [best.name, newest.name]
+    assert not (best / "optimizer.safetensors").exists() and (newest / "optimizer.safetensors").exists()
+    assert verify(best) is None and verify(newest) is None
+    (best / "optimizer.safetensors").touch()  # killed after the manifest was written
+    assert verify(best) is None
+    retain(tmp_path, keep_last=1, best_step=3, keep_optimizer=False)
+    assert not (best / "optimizer.safetensors").exists()
+    found = newest_good(tmp_path, lambda _: None)
+    assert found is not None and found.path == newest
+    flip_one_bit(newest / "optimizer.safetensors")
+    with pytest.raises(
+        InputError, match="(?s)step-00000005: .*step-00000003: was kept without its optimizer"
+    ):
+        newest_good(tmp_path, lambda _: None)
+    assert best.exists() and newest.exists()
+    flip_one_bit(best / "model.safetensors")
+    assert "model.safetensors has a different SHA-256" in str(verify(best))
+
+
 def test_interrupted_save_leaves_no_files(tmp_path: Path) -> None:
     save(tmp_path, 1)
 

@@ -18,11 +18,11 @@ import pytest
 from plainloop.data.errors import InputError
 from plainloop.trainer.commands import doctor as doctor_module
 from plainloop.trainer.commands.doctor import Doctor
-from plainloop.trainer.commands.fetch import write_manifest
 from plainloop.trainer.commands.probe import TwoRanks, try_file_system, versions
 from plainloop.trainer.config.command_options import DoctorConfig
 from plainloop.trainer.config.parse import parse
 from plainloop.trainer.errors import CheckWarning
+from plainloop.trainer.run_folder.files import write_manifest
 
 
 def as_arguments(options: dict[str, Any]) -> list[str]:

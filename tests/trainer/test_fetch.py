@@ -15,8 +15,9 @@ from helpers import hub as local_hub
 
 from plainloop.data.errors import InputError
 from plainloop.trainer.cli import main
-from plainloop.trainer.commands.fetch import fault_of, fetch, read_source
+from plainloop.trainer.commands.fetch import fetch
 from plainloop.trainer.config.command_options import FetchConfig
+from plainloop.trainer.run_folder.files import fault_of, read_source
 
 
 @pytest.fixture

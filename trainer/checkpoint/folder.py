@@ -6,6 +6,8 @@ RUN/checkpoints/step-00000500/
     state.json                                      step, counters, loss scale, evaluations, config
     manifest.json                                   size and SHA-256 of every other file, written last
 
+With checkpoint.keep_optimizer last, a checkpoint kept only as the best loses optimizer.safetensors. Its
+manifest then has null there, and a run can't be resumed from it.
 A checkpoint is written to a .tmp-* folder, fsynced, and published by one atomic rename.
 """
 
@@ -25,11 +27,18 @@ from typing import Any
 import torch
 
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.run_folder.files import MANIFEST, describe_file, file_fault, sweep, sync
+from plainloop.trainer.run_folder.files import (
+    MANIFEST,
+    describe_file,
+    file_fault,
+    sweep,
+    sync,
+    write_atomically,
+)
 from plainloop.trainer.state import TrainState
 
 FORMAT = 3  # of state.json; `upgrade` reads the one before
-PREFIX = "step-"
+PREFIX, OPTIMIZER = "step-", "optimizer.safetensors"
 STATE_KEYS = set(
     "step order order_since loss_count loss_sum nonfinite_streak nonfinite_total scaler evaluations config"
     " fingerprint environment".split()
@@ -66,7 +75,7 @@ def save_checkpoint(
     temporary.mkdir()  # fails if it exists: never write into someone else's folder or symlink
     try:
         save_model(temporary)
-        _save_tensors(optimizer, temporary / "optimizer.safetensors")
+        _save_tensors(optimizer, temporary / OPTIMIZER)
         _write_json(temporary / "state.json", {"format": FORMAT, **state})
         manifest = {f.name: describe_file(f) for f in sorted(temporary.iterdir())}
         _write_json(temporary / MANIFEST, manifest)
@@ -94,9 +103,9 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, is_main: bool) -> None
 
     saved = checkpoint.state
     try:
-        state.load_optimizer_tensors(load_file(checkpoint.path / "optimizer.safetensors"))
+        state.load_optimizer_tensors(load_file(checkpoint.path / OPTIMIZER))
     except ValueError as error:
-        raise InputError(f"{checkpoint.path / 'optimizer.safetensors'}: {error}.") from None
+        raise InputError(f"{checkpoint.path / OPTIMIZER}: {error}.") from None
     state.step = state.heartbeat.step = saved["step"]
     state.order, state.order_since = saved["order"], saved["order_since"]
     state.evaluations = saved["evaluations"]
@@ -115,14 +124,19 @@ def newest_good(folder: Path, report: Callable[[str], None]) -> Checkpoint | Non
     Raises InputError if checkpoints exist but none is good: a run never silently starts from scratch.
     """
     reasons: dict[Path, str] = {}
+    kept: list[Path] = []
     for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
         fault = verify(path)
-        if fault is None:
+        if fault is None and not has_optimizer(path):
+            kept.append(path)  # as the best, for evaluation
+        elif fault is None:
             for damaged, reason in reasons.items():
                 report(f"damaged checkpoint set aside: {damaged}: {reason}")
                 os.rename(damaged, damaged.with_name(f".bad-{damaged.name}-{os.getpid()}"))
             return Checkpoint(path, upgrade(json.loads((path / "state.json").read_text(encoding="utf-8"))))
-        reasons[path] = fault
+        else:
+            reasons[path] = fault
+    reasons |= {path: "was kept without its optimizer (checkpoint.keep_optimizer last)" for path in kept}
     if reasons:
         listed = "\n  ".join(f"{path}: {reason}" for path, reason in reasons.items())
         raise InputError(f"no checkpoint in {folder} is good; remove the folder to start over:\n  {listed}")
@@ -150,13 +164,19 @@ def verify(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             file = path / name
+            if name == OPTIMIZER and expected is None:
+                continue
             if name != Path(name).name:
                 return f"{MANIFEST} names {name}, which is not a file of this folder"
-            if fault := file_fault(file, name, expected):
+            try:
+                fault = file_fault(file, name, expected)
+                if not fault and file.suffix == ".safetensors":
+                    fault = _unreadable(file)
+            except FileNotFoundError:
+                fault = f"{name} is missing"
+            if fault and not (name == OPTIMIZER and not has_optimizer(path)):  # it was dropped meanwhile
                 return fault
-            if file.suffix == ".safetensors" and (fault := _unreadable(file)):
-                return fault
-        if missing := {"config.json", "state.json", "optimizer.safetensors"} - set(manifest):
+        if missing := {"config.json", "state.json", OPTIMIZER} - set(manifest):
             return f"{MANIFEST} does not list {sorted(missing)}"
         if not any(name.startswith("model") and name.endswith(".safetensors") for name in manifest):
             return f"{MANIFEST} lists no weights"
@@ -195,10 +215,29 @@ def _incomplete(state: dict[str, Any]) -> str | None:
     return None
 
 
-def retain(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Rank 0 only. Delete all but the last K (by step) and the best; sweep leftovers of crashed saves."""
+def has_optimizer(path: Path) -> bool:
+    """Whether a run can be resumed from this checkpoint. Raises OSError, ValueError, KeyError."""
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))[OPTIMIZER] is not None
+
+
+def drop_optimizer(path: Path) -> None:
+    """Rank 0 only. Delete the optimizer state, and say so in the manifest first. Raises OSError."""
+    if has_optimizer(path):
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        write_atomically(path / MANIFEST, json.dumps({**manifest, OPTIMIZER: None}, indent=1))
+        sync(path / MANIFEST)
+        sync(path)
+    (path / OPTIMIZER).unlink(missing_ok=True)
+
+
+def retain(folder: Path, *, keep_last: int, best_step: int | None, keep_optimizer: bool = True) -> None:
+    """Rank 0 only. Delete all but the last K (by step) and the best; sweep leftovers of crashed saves.
+    keep_optimizer: also that of the best.
+    """
     steps = sorted(folder.glob(f"{PREFIX}*"))
     for path in steps[:-keep_last]:
+        if path.name == f"{PREFIX}{best_step or -1:08d}" and not keep_optimizer:
+            drop_optimizer(path)
         if path.name != f"{PREFIX}{best_step or -1:08d}":
             doomed = path.with_name(f".tmp-delete-{path.name}")
             os.rename(path, doomed)  # rename first: a kill during deletion leaves no partial checkpoint

@@ -186,7 +186,8 @@ class SaveCheckpoint:
         if best is not None:  # link first, so that it never dangles
             _point(self.folder.path / "best", Path("checkpoints") / f"{checkpoints.PREFIX}{best:08d}")
         keep = max(1, self.config.keep_last - make_room)
-        checkpoints.retain(folder, keep_last=keep, best_step=best)
+        keep_optimizer = self.config.keep_optimizer == "all"
+        checkpoints.retain(folder, keep_last=keep, best_step=best, keep_optimizer=keep_optimizer)
 
 
 def _point(link: Path, target: Path) -> None:

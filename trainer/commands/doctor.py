@@ -18,7 +18,6 @@ import torch
 from plainloop.data.samplers import total_lengths
 from plainloop.models.load import OVERFLOWS_IN_FP16, load_config, overflows_in_fp16
 from plainloop.trainer.checkpoint.folder import checkpoint_bytes
-from plainloop.trainer.commands.fetch import fault_of, read_source
 from plainloop.trainer.commands.memory import Pass, measure, memory_of, parameters_of
 from plainloop.trainer.commands.probe import (
     TwoRanks,
@@ -36,6 +35,7 @@ from plainloop.trainer.distributed.device import set_up_device
 from plainloop.trainer.distributed.world import World, world_from_env
 from plainloop.trainer.errors import CheckWarning, InputError
 from plainloop.trainer.precision import resolve_precision, warnings
+from plainloop.trainer.run_folder.files import fault_of, read_source
 from plainloop.trainer.run_folder.log import format_duration
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task

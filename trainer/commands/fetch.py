@@ -9,7 +9,6 @@ Each folder is completed by one atomic rename and has a manifest.json: source, r
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -23,7 +22,7 @@ from typing import Any
 from plainloop.data.readers.examples import Examples
 from plainloop.trainer.config.command_options import FetchConfig
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.run_folder.files import MANIFEST, describe_file, file_fault, sha256
+from plainloop.trainer.run_folder.files import fault_of, read_source, sha256, write_manifest
 
 TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.txt", "LICENSE*", "README.md")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first pattern that matches
@@ -233,31 +232,3 @@ def _hints(final: Path, kind: str) -> list[str]:
         except InputError as error:
             lines.append(f"  WARNING: {split}: can't be used for training: {str(error).splitlines()[0]}")
     return lines
-
-
-def write_manifest(folder: Path, source: dict[str, Any]) -> None:
-    """Write the manifest of a `plainloop fetch` folder, including subfolders. source: where it came from."""
-    (folder / MANIFEST).unlink(missing_ok=True)  # left by an interrupted attempt
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {str(path.relative_to(folder)): describe_file(path) for path in files}
-    content = {"source": source, "files": listed}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def read_source(folder: Path) -> dict[str, Any] | None:
-    """Return where a fetched folder came from; None for any other folder."""
-    try:
-        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def fault_of(folder: Path) -> str | None:
-    """Return the first file that is missing or changed since the fetch, and how; None if all are intact.
-
-    Raises OSError.
-    """
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return next(
-        filter(None, (file_fault(folder / name, name, files[name], links=True) for name in files)), None
-    )

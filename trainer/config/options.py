@@ -176,6 +176,9 @@ class CheckpointConfig:
         None, "steps between checkpoints; default: once per epoch; 0: only at the end", minimum=0
     )
     keep_last: int = option(2, "number of latest checkpoints to keep, besides the best", minimum=1)
+    keep_optimizer: Literal["all", "last"] = option(
+        "all", "last: a checkpoint kept only as the best has no optimizer state; a run can't resume from it"
+    )
     async_: bool = option(True, "write in the background, from a copy in host memory")
     grace_s: float = option(
         30, "grace period from signal to kill (Slurm, torchrun: 30); warn if a stop takes longer", above=0

@@ -165,3 +165,59 @@ class CalibrateConfig:
     tf32: bool = option(True, "with fp32 on a GPU: multiply matrices in TF32")
     device: Literal["auto", "cuda", "cpu"] = option("auto", "device to run the model on")
     timeout_s: int = option(600, "seconds that a rank waits for the others before it aborts", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a trained model into a folder to use and to publish: weights, tokenizer, options, a model card.
+
+    Example:
+        plainloop export runs/squad --out models/squad --verify dev-v2.0.json
+    """
+
+    run: str | None = option(
+        None, "run folder (uses its best checkpoint) or checkpoint folder; the first word"
+    )
+    out: str | None = option(None, "folder to write")
+    onnx: bool = option(
+        False, "write model.onnx instead of model.safetensors, for onnxruntime; task span only; extra [onnx]"
+    )
+    verify: list[str] | str | None = option(
+        None, "questions to answer with the checkpoint and with the export; any difference is an error"
+    )
+    scores: list[str] = option(list, "folders of evaluate --out_dir whose figures go into the model card")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Upload an exported folder to the Hugging Face Hub, where there is internet, after `hf auth login`.
+
+    Example:
+        plainloop push models/squad user/roberta-squad
+    """
+
+    folder: str | None = option(None, "folder written by plainloop export; the first word")
+    repo: str | None = option(None, "USER/NAME on the Hub; the second word")
+    private: bool = option(True, "create the repository as a private one")
+    message: str = option("Upload with plainloop", "commit message")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Copy the curves of runs to a tracker, at any time: one curve per value, however often a run was requeued.
+
+    A second call adds only what is new. Example:
+        plainloop track runs/sweep/* --to trackio
+    """
+
+    runs: list[str] = option(list, "run folders; the words before the first option")
+    to: Literal["tensorboard", "trackio", "wandb", "mlflow"] | None = option(
+        None, "the tracker; all but tensorboard need the extra of the same name"
+    )
+    project: str = option("plainloop", "project, or for mlflow the experiment")
+    group: str | None = option(None, "group of the runs; default: the name of the folder that each one is in")
+    dir: str | None = option(
+        None,
+        "where the tracker keeps its files; default: tracking/, for trackio its own folder, for mlflow the server"
+        " of MLFLOW_TRACKING_URI if that is set",
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,32 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def write_manifest(folder: Path, source: dict[str, Any], *, without: Collection[str] = ()) -> None:
+    """Write the manifest of a folder made by fetch or export, including subfolders. source: where it came
+    from. without: files that may change.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)  # left by an interrupted attempt
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in without)
+    listed = {str(path.relative_to(folder)): describe_file(path) for path in files}
+    content = {"source": source, "files": listed}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def read_source(folder: Path) -> dict[str, Any] | None:
+    """Where a fetched or exported folder came from; None for any other folder."""
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def fault_of(folder: Path) -> str | None:
+    """The first file that is missing or changed since the manifest was written, and how; None if all are
+    intact. Raises OSError.
+    """
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return next(
+        filter(None, (file_fault(folder / name, name, files[name], links=True) for name in files)), None
+    )

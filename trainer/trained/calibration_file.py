@@ -63,3 +63,10 @@ def read_calibration(model: str, run: TrainConfig) -> Calibration:
         changed = ", ".join(f"--{n} {options.get(n)}" for n in asked if options.get(n) != asked[n])
         raise InputError(f"{path}: was fitted with {changed}; use the same, or {again}.")
     return fitted
+
+
+def move(path: Path, weights: dict[str, str]) -> None:
+    """Make the file belong to weights that compute the same, such as an ONNX export."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["sha256"]
+    write(path, {**content, "weights": weights, "fitted_with_weights": content["weights"]})

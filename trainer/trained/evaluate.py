@@ -18,7 +18,14 @@ from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.tasks.metrics import causalqa_scores, squad_scores
 from plainloop.trainer.tasks.normalize import metric_rules
-from plainloop.trainer.trained.model_folder import as_trained, check_options, checkpoint_path, merged
+from plainloop.trainer.trained.model_folder import (
+    as_trained,
+    check_options,
+    checkpoint_path,
+    forward_precision,
+    load_model,
+    merged,
+)
 from plainloop.trainer.trained.provenance import provenance
 
 # Options that have an effect on the scores of a predictions file.
@@ -115,10 +122,8 @@ def text_options(given: ScoreTextConfig) -> TextOptions:
 
 def score_model(config: ScoreConfig) -> dict[str, float] | None:
     """All ranks. Evaluate a model. Metrics on rank 0, None elsewhere."""
-    from plainloop.models.load import overflows_in_fp16
     from plainloop.trainer.distributed.device import set_up_device
     from plainloop.trainer.distributed.world import process_group, world_from_env
-    from plainloop.trainer.precision import resolve_precision, warnings
     from plainloop.trainer.tasks import base as tasks
     from plainloop.trainer.tasks.evaluation import EvaluationSettings
     from plainloop.trainer.tasks.find import find_task
@@ -137,11 +142,9 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
         raise InputError("--rouge_bootstrap is for CausalQA; this is SQuAD data.")
     with process_group(world, timeout_s=config.timeout_s):
         set_up_device(world, tf32=config.tf32, deterministic=False)
-        overflows = overflows_in_fp16(path)
-        precision, why = resolve_precision(config.precision, world.device, overflows_in_fp16=overflows)
+        precision, why = forward_precision(path, config.precision, world.device)
         if world.is_main:
-            notes = warnings(precision, world.device, overflows_in_fp16=overflows)
-            for line in (f"precision {precision}: {why}", *notes, *data.store.meta["report"]):
+            for line in (*why, *data.store.meta["report"]):
                 print(line, file=sys.stderr)
         settings = EvaluationSettings(
             world,
@@ -153,7 +156,7 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
             bootstrap=config.rouge_bootstrap,
             temperature=fitted.temperature if fitted else None,
         )
-        model = tasks.load_model(task, path, run, world, new_head=False)
+        model = load_model(task, path, run, world)
         metrics = tasks.evaluate(task, model, data, settings)
     if not world.is_main:
         return None

@@ -13,8 +13,10 @@ from plainloop.trainer.config.options import TextConfig, TrainConfig
 from plainloop.trainer.config.parse import from_dict
 from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfig
 from plainloop.trainer.errors import InputError
+from plainloop.trainer.run_folder.files import fault_of, read_source
 from plainloop.trainer.trained.calibration_file import Calibration, read_calibration
 
+OPTIONS_FILE, ONNX_FILE = "plainloop.json", "model.onnx"  # in an exported folder
 # Options of evaluate that only some tasks use, and what train calls them.
 TASK_OPTION_OF = {
     "columns": "data.columns",
@@ -32,10 +34,15 @@ TASK_OPTION_OF = {
 
 
 def checkpoint_path(path: str) -> str:
-    """Resolve a run folder to its best, or else newest good, checkpoint. Return any other path unchanged."""
+    """Resolve a run folder to its best, or else newest good, checkpoint. Return any other path unchanged.
+
+    Raises InputError if the checkpoint or the exported folder is damaged.
+    """
     from plainloop.trainer.checkpoint.folder import PREFIX, verify
 
     folder = Path(path)
+    if (read_source(folder) or {}).get("kind") == "export" and (fault := fault_of(folder)):
+        raise InputError(f"{path}: {fault}; export it again.")
     if (folder / "best").exists():
         for _ in range(3):
             best = (folder / "best").resolve()
@@ -52,12 +59,43 @@ def checkpoint_path(path: str) -> str:
     raise InputError(f"{path}: this run folder has no good checkpoint.")
 
 
+def forward_precision(path: str, wanted: str, device: Any) -> tuple[str, list[str]]:
+    """The precision of the forward pass on this device, and lines that say why. Raises InputError."""
+    from plainloop.models.load import overflows_in_fp16
+    from plainloop.trainer.precision import resolve_precision, warnings
+
+    if is_onnx(path):
+        if wanted not in ("auto", "fp32"):
+            raise InputError(f"--precision {wanted}: {path} is an ONNX model, which runs in fp32.")
+        return "fp32", [f"precision fp32: {path} is an ONNX model"]
+    overflows = overflows_in_fp16(path)
+    precision, why = resolve_precision(wanted, device, overflows_in_fp16=overflows)
+    return precision, [
+        f"precision {precision}: {why}",
+        *warnings(precision, device, overflows_in_fp16=overflows),
+    ]
+
+
+def is_onnx(path: str) -> bool:
+    return (Path(path) / ONNX_FILE).is_file()
+
+
+def load_model(task: Any, path: str, run: TrainConfig, world: Any) -> Any:
+    """The trained model on this rank's device. Raises InputError."""
+    from plainloop.trainer.tasks import base
+    from plainloop.trainer.trained.onnx_model import OnnxSpanModel
+
+    if is_onnx(path):
+        return OnnxSpanModel(path, world.device)
+    return base.load_model(task, path, run, world, new_head=False)
+
+
 def trained_with(path: str) -> dict[str, Any]:
-    """Return the training config of a plainloop checkpoint; {} for other folders."""
+    """Return the training config of a checkpoint or an exported folder; {} for other folders."""
     try:
-        state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
-        return dict(state["config"])
-    except (OSError, ValueError, KeyError, TypeError):
+        file = next(file for name in ("state.json", OPTIONS_FILE) if (file := Path(path) / name).is_file())
+        return dict(json.loads(file.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return {}
 
 

@@ -81,7 +81,7 @@ def predict_file(predictor: Predictor, files: list[str], out: Path, is_main: boo
 
     config = predictor.config
     read = Examples(files, ReadOptions(config.columns, locate=not predictor.text, answers=False))
-    total = sum(1 for _ in read) if is_main else None  # a bad record shows now, not after hours
+    total = predictor.require_fit(read) if is_main else None  # a bad record shows now, not after hours
     partial = out.with_name(out.name + ".part")
     for note in read.notes:
         say(note)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import threading
@@ -10,12 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from plainloop.data.readers.causalqa import as_text
 from plainloop.data.tokenise import CHUNK, in_chunks
 from plainloop.data.types import Example
 from plainloop.trainer.config.trained_options import PredictConfig, ScoreConfig
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.trained.model_folder import as_trained, check_options, checkpoint_path
+from plainloop.trainer.trained.model_folder import (
+    as_trained,
+    check_options,
+    checkpoint_path,
+    forward_precision,
+    load_model,
+)
 
 Report = Callable[[str], None]
 
@@ -31,11 +38,8 @@ class Predictor:
 
     def __init__(self, config: PredictConfig, world: Any, report: Report = lambda line: None) -> None:
         """All ranks, inside their process group. Loads the model. Raises InputError."""
-        from plainloop.models.load import overflows_in_fp16
         from plainloop.trainer.distributed.device import set_up_device
-        from plainloop.trainer.precision import resolve_precision, warnings
         from plainloop.trainer.tasks import answering
-        from plainloop.trainer.tasks import base as tasks
         from plainloop.trainer.tasks.evaluation import EvaluationSettings
         from plainloop.trainer.tasks.find import find_task
 
@@ -49,19 +53,15 @@ class Predictor:
         self.text = run.task == "text"
         self.task: Any = task_type(run)
         set_up_device(world, tf32=config.tf32, deterministic=False)
-        overflows = overflows_in_fp16(self.path)
-        precision, why = resolve_precision(config.precision, world.device, overflows_in_fp16=overflows)
-        for line in (
-            f"precision {precision}: {why}",
-            *warnings(precision, world.device, overflows_in_fp16=overflows),
-        ):
+        precision, why = forward_precision(self.path, config.precision, world.device)
+        for line in why:
             report(line)
         options = replace(run.evaluation, num_best=config.num_best)
         temperature = fitted.temperature if fitted else None
         self.settings = EvaluationSettings(
             world, precision, config.tokens_per_device, options, temperature=temperature
         )
-        self.model = tasks.load_model(self.task, self.path, run, world, new_head=False).eval()
+        self.model = load_model(self.task, self.path, run, world).eval()
         self._answer: Any = answering.answer_texts if self.text else answering.answer_spans
         self._lock = threading.Lock()
 
@@ -85,7 +85,8 @@ class Predictor:
                 if empty := [i for i, text in enumerate(texts) if not text.strip()]:
                     raise InputError(f"the {name} is empty" + ("." if one else f" (number {empty[0]})."))
         examples = [Example(str(i), *pair) for i, pair in enumerate(zip(questions, contexts, strict=True))]
-        with self._lock:
+        with self._lock:  # the tokenizer has a state too
+            self.require_fit(examples)
             answers = [answer for _, answer in self.stream(examples, processes=1)]
         return answers[0] if one else answers
 
@@ -96,11 +97,49 @@ class Predictor:
         that an answer does not depend on what came before.
         """
         ahead, chunks = itertools.tee(_chunked(examples))
-        job, flat = functools.partial(_encode, self), itertools.chain.from_iterable(ahead)
+        job, flat = self._encode, itertools.chain.from_iterable(ahead)
         encoded_chunks = in_chunks(job, flat, processes, quiet=True)
         for chunk, (_, encoded) in zip(chunks, encoded_chunks, strict=True):
             answers = self._answer(self.task, self.model, encoded, self._examples(chunk), self.settings)
             yield from zip(chunk, answers or (), strict=False)
+
+    def require_fit(self, examples: Iterable[Example]) -> int:
+        """Count the examples. Raises InputError for a question that does not fit into a window."""
+        count, limit = 0, None if self.text else self._question_limit()
+        for e in examples:
+            count += 1
+            if limit is None or len(e.question.encode()) <= limit:  # a token has a byte or more
+                continue
+            ids = self.task.tokenizer(e.question.strip(), add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+            if len(ids) > limit:
+                raise InputError(
+                    f"id {e.id!r}: the question has {len(ids)} tokens, but a window of"
+                    f" {self.task.config.data.max_length} has room for {limit}; shorten it, or raise"
+                    " --max_length."
+                )
+        return count
+
+    def sample_inputs(self) -> dict[str, Any]:
+        """A batch of two windows, as the model gets them."""
+        from plainloop.data.store import Store
+
+        examples = [
+            Example("1", "who built it ?", "it was built"),
+            Example("2", "who ?", "Ada built it in a day"),
+        ]
+        store = Store(self._encode(examples).arrays)
+        return dict(self.task.collate(store)(np.arange(2)).inputs)
+
+    def _question_limit(self) -> int:
+        from plainloop.data.span_features import question_limit
+
+        data = self.task.config.data
+        return question_limit(self.task.tokenizer, max_length=data.max_length, stride=data.stride)
+
+    def _encode(self, examples: Sequence[Example]) -> Any:
+        return self.task.encode(self._examples(examples), "dev")
 
     def _examples(self, examples: Sequence[Example]) -> Sequence[Any]:
         return [as_text(e, self.task.options) for e in examples] if self.text else examples
@@ -110,25 +149,6 @@ def _chunked(examples: Iterable[Example]) -> Iterator[list[Example]]:
     stream = iter(examples)
     while chunk := list(itertools.islice(stream, CHUNK)):
         yield chunk
-
-
-def _encode(predictor: Predictor, examples: Sequence[Example]) -> Any:
-    """The features of a chunk. Raises InputError for a question that does not fit into a window."""
-    encoded = predictor.task.encode(predictor._examples(examples), "dev")
-    if predictor.text or not any(encoded.warnings.values()):
-        return encoded
-    from plainloop.data.span_features import question_limit
-
-    data, tokenizer = predictor.task.config.data, predictor.task.tokenizer
-    limit = question_limit(tokenizer, max_length=data.max_length, stride=data.stride)
-    for e in examples:
-        length = len(tokenizer(e.question.strip(), add_special_tokens=False, verbose=False)["input_ids"])
-        if length > limit:
-            raise InputError(
-                f"id {e.id!r}: the question has {length} tokens, but a window of {data.max_length} has room"
-                f" for {limit}; shorten it, or raise --max_length."
-            )
-    return encoded
 
 
 def as_scoring(config: PredictConfig) -> ScoreConfig:

@@ -1,0 +1,146 @@
+"""`plainloop track`: every value of metrics.jsonl exactly once, in real trackers with local stores."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from plainloop.trainer.cli import main
+
+Values = dict[tuple[str, int], float]
+
+
+def make_run(folder: Path, lr: float, steps: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"optim": {"lr": lr}, "seed": 1}))
+    lines: list[dict[str, Any]] = [{"kind": "warm_up", "step": 0, "pass_s": 0.5}]
+    for step in range(10, steps + 1, 10):
+        lines.append({"kind": "train", "step": step, "loss": lr * step, "lr": lr, "note": "text"})
+        lines.append({"kind": "evaluation", "step": step, "f1": step / 2})
+    lines[1]["loss"] = "nan"
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def values_of(folder: Path) -> Values:
+    found = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name, value in record.items():
+            if name not in ("kind", "step", "note"):
+                found[f"{record['kind']}/{name}", record["step"]] = float(value)
+    return found
+
+
+def in_tensorboard(store: Path, group: str, run: str) -> list[tuple[str, int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(store / group / run), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(name, e.step, e.value) for name in events.Tags()["scalars"] for e in events.Scalars(name)]
+
+
+def in_trackio(store: Path, group: str, run: str) -> list[tuple[str, int, float]]:
+    code = (
+        "import json, sys; from trackio.sqlite_storage import SQLiteStorage;"
+        f"print(json.dumps(SQLiteStorage.get_logs('plainloop', '{group}/{run}')))"
+    )
+    environment = {**os.environ, "TRACKIO_DIR": str(store)}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    rows = json.loads(told.stdout)
+    return [(n, r["step"], float(v)) for r in rows for n, v in r.items() if n not in ("step", "timestamp")]
+
+
+def in_mlflow(store: Path, group: str, run: str) -> list[tuple[str, int, float]]:
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=(store / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("plainloop")
+    query = f"tags.`plainloop.group` = '{group}' and tags.`plainloop.run` = '{run}'"
+    (found,) = client.search_runs([experiment.experiment_id], query)
+    assert found.data.params["optim.lr"]
+    return [
+        (m.key, m.step, m.value)
+        for name in found.data.metrics
+        for m in client.get_metric_history(found.info.run_id, name)
+    ]
+
+
+def in_wandb(store: Path, group: str, run: str) -> list[tuple[str, int, float]]:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    found = []
+    for file in sorted(store.glob("wandb/offline-run-*/*.wandb")):
+        data, values, name = DataStore(), [], ""
+        data.open_for_scan(str(file))
+        while (content := data.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            if record.WhichOneof("record_type") == "run":
+                name = f"{record.run.run_group}/{record.run.display_name}"
+            if record.WhichOneof("record_type") == "history":
+                items = {
+                    i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item
+                }
+                step = record.history.step.num
+                values += [(n, step, float(v)) for n, v in items.items() if not n.startswith("_")]
+        found += values if name == f"{group}/{run}" else []
+    return found
+
+
+READ = {"tensorboard": in_tensorboard, "trackio": in_trackio, "mlflow": in_mlflow, "wandb": in_wandb}
+
+
+@pytest.mark.parametrize("tracker", READ)
+def test_every_value_once_whatever_the_number_of_calls(
+    tracker: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three calls: on part of the run, on all of it, and again. Two runs in a group."""
+    pytest.importorskip(tracker)
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(tmp_path / f"sweep/lr-{lr}", lr, 40) for lr in (0.5, 0.25)]
+    whole = (runs[0] / "metrics.jsonl").read_text()
+    (runs[0] / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:4]) + '{"kind": "tr')
+    command = [sys.executable, "-m", "plainloop.trainer", "track", *map(str, runs), "--to", tracker]
+    store = tmp_path / "store"
+    for call in range(3):
+        told = subprocess.run([*command, "--dir", str(store)], capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        (runs[0] / "metrics.jsonl").write_text(whole)
+    assert told.stderr.splitlines()[-1].endswith(f"0 of them new in {tracker}"), call
+    for run in runs:
+        found = READ[tracker](store, "sweep", run.name)
+        assert max(Counter((name, step) for name, step, _ in found).values()) == 1
+        expected = values_of(run)
+        assert {(name, step): value for name, step, value in found} == pytest.approx(expected, nan_ok=True)
+        assert sum(math.isnan(value) for value in expected.values()) == 1
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "a/run", 0.5, 20)
+    other = make_run(tmp_path / "b/a/run", 0.5, 20)
+    broken = make_run(tmp_path / "broken", 0.5, 20)
+    (broken / "metrics.jsonl").write_text("no\n" + (broken / "metrics.jsonl").read_text())
+    empty = make_run(tmp_path / "empty", 0.5, 20)
+    (empty / "metrics.jsonl").write_text("")
+    (tmp_path / "there/a/run").mkdir(parents=True)
+    for line, message in (
+        ([], "track needs runs and a tracker"),
+        ([str(run)], "track needs runs and a tracker"),
+        ([str(tmp_path), "--to", "tensorboard"], "not a run folder"),
+        ([str(broken), "--to", "tensorboard"], "line 1 is not a record"),
+        ([str(empty), "--to", "tensorboard"], "has no values yet"),
+        ([str(run), str(other), "--to", "tensorboard"], "two runs are called a/run"),
+        ([str(run), "--to", "tensorboard", "--dir", str(tmp_path / "there")], "was not written by track"),
+    ):
+        assert main(["track", *line]) == 2, line
+        assert message in capsys.readouterr().err
