@@ -30,6 +30,7 @@ Fine-tune question-answering models with a training loop you can read in one sit
   export     write a trained model into a folder, with a model card   (plainloop export runs/squad --out DIR)
   push       upload an exported folder to the Hugging Face Hub   (plainloop push DIR user/name)
   track      copy the curves of runs to a tracker   (plainloop track runs/* --to tensorboard)
+  sweep      list the runs of a file with lists of values   (plainloop sweep sweep.yaml --list)
   fetch      download model, tokenizer and data for offline nodes   (plainloop fetch --model roberta-base)
   doctor     check before a job that `train` will run here; takes the options of train
   demo       train and evaluate on a small generated corpus with two processes (--task text: a small T5)
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict, "calibrate": _calibrate,
-        "export": _export, "push": _push, "track": _track, "fetch": _fetch, "doctor": _doctor, "demo": _demo,
+        "export": _export, "push": _push, "track": _track, "sweep": _sweep, "fetch": _fetch,
+        "doctor": _doctor, "demo": _demo,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -143,7 +145,7 @@ def _evaluate(arguments: list[str]) -> int:
     from plainloop.trainer.trained.evaluate import print_metrics, refuse_unused, score
 
     if config.summary is not None:
-        from plainloop.trainer.trained.seeds import summary
+        from plainloop.trainer.trained.summary import summary
 
         refuse_unused(config, {"summary"}, "--summary")
         print(summary(config.summary))
@@ -180,7 +182,7 @@ def _export(arguments: list[str]) -> int:
     from plainloop.trainer.config.trained_options import ExportConfig
 
     config = _parse(ExportConfig, _words(arguments, "run"), "export")
-    from plainloop.trainer.trained.export import export
+    from plainloop.trainer.publish.export import export
 
     export(config)
     return 0
@@ -190,7 +192,7 @@ def _push(arguments: list[str]) -> int:
     from plainloop.trainer.config.trained_options import PushConfig
 
     config = _parse(PushConfig, _words(arguments, "folder", "repo"), "push")
-    from plainloop.trainer.trained.push import push
+    from plainloop.trainer.publish.push import push
 
     print(push(config))
     return 0
@@ -202,9 +204,16 @@ def _track(arguments: list[str]) -> int:
     runs = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     given = ["--runs", json.dumps(runs)] if runs else []
     config = _parse(TrackConfig, [*given, *arguments[len(runs) :]], "track")
-    from plainloop.trainer.trained.track import track
+    from plainloop.trainer.publish.track import track
 
     track(config)
+    return 0
+
+
+def _sweep(arguments: list[str]) -> int:
+    from plainloop.trainer.config.sweep import SweepConfig, sweep
+
+    print(sweep(_parse(SweepConfig, _words(arguments, "file"), "sweep")))
     return 0
 
 

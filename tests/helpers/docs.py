@@ -83,9 +83,11 @@ def make_folder(folder: Path) -> None:
             archive.write(file, f"input/original/{file.name}")
     with open(folder / "causalqa/squad2_valid_original_split.csv", newline="") as stream:
         (folder / "texts.json").write_text(json.dumps([row["answer"] for row in csv.DictReader(stream)]))
-    rows = [
-        row | {"asked": row["question"], "page": row["context"]} for row in rows_of(read_examples(dev_file))
-    ]
+    examples = read_examples(dev_file)
+    (folder / "page.txt").write_text(examples[0].context)
+    asked = [{"id": e.id, "question": e.question, "context": e.context} for e in examples]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    rows = [row | {"asked": row["question"], "page": row["context"]} for row in rows_of(examples)]
     rows = [{name: row[name] for name in ("id", "asked", "page", "answers")} for row in rows]
     (folder / "parts").mkdir()
     write_rows(folder, "csv", rows).rename(folder / "questions.csv")

@@ -28,7 +28,9 @@ def test_commands_run_as_written(cluster: Any, tmp_path: Path, squad_file: Path)
         "PLAINLOOP_CACHE": str(tmp_path / "features"),
     }  # fmt: skip
     lines = []
-    for line in docs.runnable("docs/slurm.md", slurm=True) + docs.runnable("README.md", slurm=True):
+    made = [line for line in docs.commands("docs/sweeps.md") if line.startswith("printf")]
+    sweep = [*made, *docs.runnable("docs/sweeps.md", slurm=True)]
+    for line in docs.runnable("docs/slurm.md", slurm=True) + docs.runnable("README.md", slurm=True) + sweep:
         lines += [WAIT, line] if "--summary" in line else [line]
     try:
         told = docs.run_script([*lines, WAIT], tmp_path, environment, timeout_s=580)
@@ -41,6 +43,8 @@ def test_commands_run_as_written(cluster: Any, tmp_path: Path, squad_file: Path)
     runs = sorted((tmp_path / "scratch/qa/runs").glob("*/status.json"))
     assert len(runs) == 5 and all('"completed"' in path.read_text() for path in runs)
     assert (tmp_path / "scratch/qa/runs/roberta-scores/metrics.json").exists()
+    swept = sorted((tmp_path / "runs/sweep").glob("lr-*/status.json"))
+    assert len(swept) == 4 and all('"completed"' in path.read_text() for path in swept)
 
 
 def write_parquet(source: Path, folder: Path) -> None:

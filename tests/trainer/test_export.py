@@ -15,8 +15,8 @@ from helpers.hub import Hub
 from plainloop.data.readers.examples import read_examples
 from plainloop.trainer.cli import main
 from plainloop.trainer.errors import RunError
+from plainloop.trainer.publish.export import verify
 from plainloop.trainer.run_folder.files import sha256
-from plainloop.trainer.trained.export import verify
 from plainloop.trainer.trained.predictor import Predictor
 
 

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +76,41 @@ def in_mlflow(store: Path, group: str, run: str) -> list[tuple[str, int, float]]
     ]
 
 
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """The records of an offline run: LevelDB's log format, in blocks of 32 KiB, after a header of 7 bytes."""
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7:  # too small for another header
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        record += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
 def in_wandb(store: Path, group: str, run: str) -> list[tuple[str, int, float]]:
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    found = []
+    found, ids = [], set()
     for file in sorted(store.glob("wandb/offline-run-*/*.wandb")):
-        data, values, name = DataStore(), [], ""
-        data.open_for_scan(str(file))
-        while (content := data.scan_data()) is not None:
+        values, name = [], ""
+        for content in wandb_records(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(content)
             if record.WhichOneof("record_type") == "run":
                 name = f"{record.run.run_group}/{record.run.display_name}"
-            if record.WhichOneof("record_type") == "history":
-                items = {
-                    i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item
-                }
-                step = record.history.step.num
-                values += [(n, step, float(v)) for n, v in items.items() if not n.startswith("_")]
-        found += values if name == f"{group}/{run}" else []
+            elif record.WhichOneof("record_type") == "history":
+                for item in record.history.item:
+                    key = item.key or "/".join(item.nested_key)
+                    if not key.startswith("_"):
+                        values.append((key, record.history.step.num, float(json.loads(item.value_json))))
+        if name == f"{group}/{run}":
+            found += values
+            ids.add(file.stem)
+    assert len(ids) == 1  # so that `wandb sync` makes one run of them
     return found
 
 
@@ -112,11 +129,11 @@ def test_every_value_once_whatever_the_number_of_calls(
     (runs[0] / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:4]) + '{"kind": "tr')
     command = [sys.executable, "-m", "plainloop.trainer", "track", *map(str, runs), "--to", tracker]
     store = tmp_path / "store"
-    for call in range(3):
+    for _ in range(3):
         told = subprocess.run([*command, "--dir", str(store)], capture_output=True, text=True)
         assert told.returncode == 0, told.stderr
         (runs[0] / "metrics.jsonl").write_text(whole)
-    assert told.stderr.splitlines()[-1].endswith(f"0 of them new in {tracker}"), call
+    assert told.stderr.splitlines()[-1].endswith(f"0 of them new in {tracker}")
     for run in runs:
         found = READ[tracker](store, "sweep", run.name)
         assert max(Counter((name, step) for name, step, _ in found).values()) == 1

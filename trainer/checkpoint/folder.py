@@ -222,8 +222,8 @@ def has_optimizer(path: Path) -> bool:
 
 def drop_optimizer(path: Path) -> None:
     """Rank 0 only. Delete the optimizer state, and say so in the manifest first. Raises OSError."""
-    if has_optimizer(path):
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if manifest[OPTIMIZER] is not None:
         write_atomically(path / MANIFEST, json.dumps({**manifest, OPTIMIZER: None}, indent=1))
         sync(path / MANIFEST)
         sync(path)
@@ -236,9 +236,10 @@ def retain(folder: Path, *, keep_last: int, best_step: int | None, keep_optimize
     """
     steps = sorted(folder.glob(f"{PREFIX}*"))
     for path in steps[:-keep_last]:
-        if path.name == f"{PREFIX}{best_step or -1:08d}" and not keep_optimizer:
-            drop_optimizer(path)
-        if path.name != f"{PREFIX}{best_step or -1:08d}":
+        if path.name == f"{PREFIX}{best_step or -1:08d}":
+            if not keep_optimizer:
+                drop_optimizer(path)
+        else:
             doomed = path.with_name(f".tmp-delete-{path.name}")
             os.rename(path, doomed)  # rename first: a kill during deletion leaves no partial checkpoint
     sweep(folder)

@@ -54,7 +54,7 @@ def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
         if argument.startswith("--") and name not in {*names, "config", "help", "print_config"}:
             raise InputError(f"unknown option --{name}{_nearest(name, names)}")
         if name == "config" and argument.startswith("--"):
-            _check_yaml(value or next(iter(arguments[i + 1 :]), ""), names)
+            check_yaml(value or next(iter(arguments[i + 1 :]), ""), names)
     parser = ArgumentParser(
         prog=program, description=inspect.getdoc(kind), exit_on_error=False, formatter_class=Help
     )
@@ -144,7 +144,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_yaml(path: str, names: dict[str, type]) -> None:
+def check_yaml(path: str, names: dict[str, type]) -> None:
     """Raise an InputError that names the file and the key if a key is unknown or duplicate."""
     if not Path(path).is_file():
         raise InputError(f"--config {path}: no such file.")

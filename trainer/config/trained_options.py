@@ -204,7 +204,7 @@ class PushConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """Copy the curves of runs to a tracker, at any time: one curve per value, however often a run was requeued.
+    """Copy the curves of runs to a tracker, at any time: each value once, however often a run was requeued.
 
     A second call adds only what is new. Example:
         plainloop track runs/sweep/* --to trackio
@@ -218,6 +218,6 @@ class TrackConfig:
     group: str | None = option(None, "group of the runs; default: the name of the folder that each one is in")
     dir: str | None = option(
         None,
-        "where the tracker keeps its files; default: tracking/, for trackio its own folder, for mlflow the server"
-        " of MLFLOW_TRACKING_URI if that is set",
+        "where the tracker keeps its files; default: tracking/, for trackio its own folder, for mlflow the"
+        " server of MLFLOW_TRACKING_URI if that is set",
     )

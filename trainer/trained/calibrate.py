@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plainloop.data.errors import InputError
 from plainloop.data.readers.examples import Examples, ReadOptions
 from plainloop.data.readers.files import find_files
 from plainloop.data.types import Example
 from plainloop.trainer.config.trained_options import CalibrateConfig, PredictConfig
-from plainloop.trainer.errors import InputError
 from plainloop.trainer.tasks.metrics import per_question
 from plainloop.trainer.tasks.normalize import metric_rules
 from plainloop.trainer.trained import calibration

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from plainloop.trainer.errors import InputError
+from plainloop.data.errors import InputError
 
 BINS = 15  # of the expected calibration error, as in Guo et al. 2017
 COVERAGE_AT = (80, 90, 95)  # percent

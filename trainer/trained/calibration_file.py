@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plainloop.data.errors import InputError
 from plainloop.trainer.config.options import TrainConfig
-from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.trained.provenance import weights_of
 

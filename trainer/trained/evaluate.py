@@ -9,12 +9,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from plainloop.data.errors import InputError
 from plainloop.data.readers.causalqa import TextOptions, data_files, is_causalqa, read_text
 from plainloop.data.readers.examples import Examples, ReadOptions, require_use
 from plainloop.data.readers.files import read_json
 from plainloop.trainer.config.parse import flatten
 from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfig
-from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.tasks.metrics import causalqa_scores, squad_scores
 from plainloop.trainer.tasks.normalize import metric_rules

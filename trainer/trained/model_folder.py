@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from plainloop.data.errors import InputError
 from plainloop.trainer.config.options import TextConfig, TrainConfig
 from plainloop.trainer.config.parse import from_dict
 from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfig
-from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import fault_of, read_source
 from plainloop.trainer.trained.calibration_file import Calibration, read_calibration
 
-OPTIONS_FILE, ONNX_FILE = "plainloop.json", "model.onnx"  # in an exported folder
+OPTIONS_FILE = "plainloop.json"  # in an exported folder
 # Options of evaluate that only some tasks use, and what train calls them.
 TASK_OPTION_OF = {
     "columns": "data.columns",
@@ -77,13 +77,15 @@ def forward_precision(path: str, wanted: str, device: Any) -> tuple[str, list[st
 
 
 def is_onnx(path: str) -> bool:
+    from plainloop.models.onnx_spans import ONNX_FILE
+
     return (Path(path) / ONNX_FILE).is_file()
 
 
 def load_model(task: Any, path: str, run: TrainConfig, world: Any) -> Any:
     """The trained model on this rank's device. Raises InputError."""
+    from plainloop.models.onnx_spans import OnnxSpanModel
     from plainloop.trainer.tasks import base
-    from plainloop.trainer.trained.onnx_model import OnnxSpanModel
 
     if is_onnx(path):
         return OnnxSpanModel(path, world.device)

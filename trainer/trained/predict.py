@@ -12,12 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from plainloop.data.errors import InputError
 from plainloop.data.readers.examples import Examples, ReadOptions
 from plainloop.data.readers.files import find_files
 from plainloop.data.store import digest
 from plainloop.data.types import Example
 from plainloop.trainer.config.trained_options import PredictConfig
-from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import sync, write_atomically
 from plainloop.trainer.trained.predictor import Predictor, tokenising_processes
 

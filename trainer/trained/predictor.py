@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from plainloop.data.errors import InputError
 from plainloop.data.readers.causalqa import as_text
 from plainloop.data.tokenise import CHUNK, in_chunks
 from plainloop.data.types import Example
 from plainloop.trainer.config.trained_options import PredictConfig, ScoreConfig
-from plainloop.trainer.errors import InputError
 from plainloop.trainer.trained.model_folder import (
     as_trained,
     check_options,

@@ -19,13 +19,13 @@ from typing import Any
 
 from plainloop.data.readers.examples import Examples, ReadOptions
 from plainloop.data.readers.files import find_files
-from plainloop.trainer.config.trained_options import ExportConfig, PredictConfig
+from plainloop.models.onnx_spans import write_onnx
+from plainloop.trainer.config.trained_options import ExportConfig
 from plainloop.trainer.errors import InputError, RunError
+from plainloop.trainer.publish.model_card import model_card
 from plainloop.trainer.run_folder.files import MANIFEST, write_manifest
 from plainloop.trainer.trained import calibration_file
-from plainloop.trainer.trained.model_card import model_card
 from plainloop.trainer.trained.model_folder import OPTIONS_FILE, checkpoint_path, is_onnx, trained_with
-from plainloop.trainer.trained.onnx_model import write_onnx
 from plainloop.trainer.trained.predictor import Predictor, tokenising_processes
 from plainloop.trainer.trained.provenance import versions, weights_of
 
@@ -95,7 +95,7 @@ def verify(before: str, after: str, files: list[str]) -> str:
     """Answer the questions of these files with both models, in fp32. Return what was compared. Raises
     RunError if any answer differs.
     """
-    models = [Predictor(PredictConfig(model=m, precision="fp32"), *_alone()) for m in (before, after)]
+    models = [Predictor.from_run(model, precision="fp32") for model in (before, after)]
     read = Examples(files, ReadOptions(answers=False, locate=not models[0].text))
     processes = tokenising_processes(models[0].config)
     exact = not is_onnx(after)
@@ -118,12 +118,6 @@ def verify(before: str, after: str, files: list[str]) -> str:
 
 def _place(answer: dict[str, Any]) -> tuple[Any, ...]:
     return answer["answer"], answer.get("start"), answer.get("end")
-
-
-def _alone() -> tuple[Any]:
-    from plainloop.trainer.distributed.world import world_from_env
-
-    return (world_from_env("auto"),)
 
 
 def say(line: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plainloop.trainer.errors import InputError
-from plainloop.trainer.trained.model_folder import ONNX_FILE
+from plainloop.data.errors import InputError
 
+ONNX_FILE = "model.onnx"
 INSTALL = 'install the extra: pip install "plainloop[onnx]"'
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from plainloop.trainer.config.trained_options import PushConfig
 from plainloop.trainer.errors import InputError
+from plainloop.trainer.publish.model_card import TO_COMPLETE
 from plainloop.trainer.run_folder.files import fault_of, read_source
-from plainloop.trainer.trained.model_card import TO_COMPLETE
 
 
 def push(config: PushConfig) -> str:

@@ -1,4 +1,7 @@
-"""`plainloop evaluate --summary RUN ...`: several runs side by side, with mean and standard deviation."""
+"""`plainloop evaluate --summary RUN ...`: several runs side by side, with mean and standard deviation.
+
+Runs that differ in more than the seed are grouped by what differs, the best group first.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from plainloop.trainer.errors import InputError
+import yaml
+
+from plainloop.data.errors import InputError
+from plainloop.trainer.config.parse import flatten
 
 NOT_METRICS = ("total", "thresh", "step")  # name suffixes: a mean of sizes or thresholds makes no sense
+NOT_COMPARED = {"run_dir", "seed", "data.cache_dir", "timeout_s", "start_timeout_s"}
+Figures = dict[str, float]
 
 
 def summary(paths: list[str]) -> str:
-    """Return a table: one line per run, then mean and sample standard deviation (n - 1).
+    """Return a table: one line per run, then mean and sample standard deviation (n - 1), for each group.
 
     Raises InputError for a path without metrics, and for runs with different sets of metrics.
     """
@@ -25,20 +33,57 @@ def summary(paths: list[str]) -> str:
     for path, figures in found.items():
         if differing := set(names) ^ {name for name in figures if not name.endswith(NOT_METRICS)}:
             raise InputError(f"{path}: has other metrics than {paths[0]}: {', '.join(sorted(differing))}.")
+    options = {path: read_options(Path(path)) for path in paths}
+    groups: dict[str, list[str]] = {}
+    for path, label in labels(options).items():
+        groups.setdefault(label, []).append(path)
+    metric = next(iter(options.values())).get("evaluation.best_metric", "f1")
+    metric = metric if metric in names else names[0]
+
+    def rank(label: str) -> float:
+        mean = statistics.fmean(found[path][metric] for path in groups[label])
+        return mean if metric.endswith("loss") else -mean
+
     width = max(map(len, [*found, "standard deviation"]))
     lines = [" " * width + "  " + "  ".join(f"{name:>12}" for name in names)]
+    for label in sorted(groups, key=rank):
+        lines += [f"{label}:"] if len(groups) > 1 else []
+        lines += table({path: found[path] for path in groups[label]}, names, width)
+    return "\n".join(lines)
+
+
+def table(found: dict[str, Figures], names: list[str], width: int) -> list[str]:
+    """The lines of one group."""
 
     def line(title: str, values: list[float]) -> str:
         return f"{title:<{width}}  " + "  ".join(
             f"{v:>{max(12, len(n))}.4f}" for n, v in zip(names, values, strict=True)
         )
 
-    lines += [line(path, [figures[name] for name in names]) for path, figures in found.items()]
+    lines = [line(path, [figures[name] for name in names]) for path, figures in found.items()]
     columns = [[figures[name] for figures in found.values()] for name in names]
     lines.append(line(f"mean of {len(found)}", [statistics.fmean(column) for column in columns]))
     spread = [statistics.stdev(column) if len(column) > 1 else math.nan for column in columns]
-    lines.append(line("standard deviation", spread))
-    return "\n".join(lines)
+    return [*lines, line("standard deviation", spread)]
+
+
+def labels(options: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Path -> the options in which the runs differ, but for the seed, with this run's values."""
+    every = list(options.values())
+    names = list(dict.fromkeys(name for values in every for name in values if name not in NOT_COMPARED))
+    differ = [n for n in names if any(values.get(n) != every[0].get(n) for values in every)]
+    return {path: ", ".join(f"{n} {values.get(n)}" for n in differ) for path, values in options.items()}
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options of a run folder, by dotted name; {} for other folders."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        return flatten(dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f"{file}: can't be read: {error}.") from None
 
 
 def read_run_metrics(path: Path) -> dict[str, float]:

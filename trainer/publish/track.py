@@ -130,8 +130,8 @@ def to_trackio(run: Curves, config: TrackConfig) -> int:
 
 
 def to_wandb(run: Curves, config: TrackConfig) -> int:
-    """Offline by default: `wandb sync DIR/wandb/offline-*` uploads. All calls write to the run of one id. What
-    was written is noted in the run folder, since an offline run can't be asked.
+    """Offline by default: `wandb sync DIR/wandb/offline-*` uploads. All calls write to the run of one id.
+    What was written is noted in the run folder, since an offline run can't be asked.
     """
     import wandb
 
