@@ -15,10 +15,10 @@ from plainloop.trainer.checkpoint.folder import (
     counters,
     newest_good,
     restore,
-    retain,
     save_checkpoint,
     verify,
 )
+from plainloop.trainer.checkpoint.retention import retain
 from plainloop.trainer.errors import RunError
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.state import TrainState

@@ -31,9 +31,7 @@ from plainloop.trainer.run_folder.files import (
     MANIFEST,
     describe_file,
     file_fault,
-    sweep,
     sync,
-    write_atomically,
 )
 from plainloop.trainer.state import TrainState
 
@@ -218,31 +216,6 @@ def _incomplete(state: dict[str, Any]) -> str | None:
 def has_optimizer(path: Path) -> bool:
     """Whether a run can be resumed from this checkpoint. Raises OSError, ValueError, KeyError."""
     return json.loads((path / MANIFEST).read_text(encoding="utf-8"))[OPTIMIZER] is not None
-
-
-def drop_optimizer(path: Path) -> None:
-    """Rank 0 only. Delete the optimizer state, and say so in the manifest first. Raises OSError."""
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if manifest[OPTIMIZER] is not None:
-        write_atomically(path / MANIFEST, json.dumps({**manifest, OPTIMIZER: None}, indent=1))
-        sync(path / MANIFEST)
-        sync(path)
-    (path / OPTIMIZER).unlink(missing_ok=True)
-
-
-def retain(folder: Path, *, keep_last: int, best_step: int | None, keep_optimizer: bool = True) -> None:
-    """Rank 0 only. Delete all but the last K (by step) and the best; sweep leftovers of crashed saves.
-    keep_optimizer: also that of the best.
-    """
-    steps = sorted(folder.glob(f"{PREFIX}*"))
-    for path in steps[:-keep_last]:
-        if path.name == f"{PREFIX}{best_step or -1:08d}":
-            if not keep_optimizer:
-                drop_optimizer(path)
-        else:
-            doomed = path.with_name(f".tmp-delete-{path.name}")
-            os.rename(path, doomed)  # rename first: a kill during deletion leaves no partial checkpoint
-    sweep(folder)
 
 
 def checkpoint_bytes(parameters: int) -> int:

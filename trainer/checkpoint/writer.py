@@ -17,6 +17,7 @@ import torch
 
 from plainloop.trainer.checkpoint import folder as checkpoints
 from plainloop.trainer.checkpoint.host_copy import HostCopy, Tensors
+from plainloop.trainer.checkpoint.retention import retain
 from plainloop.trainer.config.options import CheckpointConfig
 from plainloop.trainer.distributed.world import broadcast_json, sum_over_ranks
 from plainloop.trainer.errors import IO, RunError
@@ -187,7 +188,7 @@ class SaveCheckpoint:
             _point(self.folder.path / "best", Path("checkpoints") / f"{checkpoints.PREFIX}{best:08d}")
         keep = max(1, self.config.keep_last - make_room)
         keep_optimizer = self.config.keep_optimizer == "all"
-        checkpoints.retain(folder, keep_last=keep, best_step=best, keep_optimizer=keep_optimizer)
+        retain(folder, keep_last=keep, best_step=best, keep_optimizer=keep_optimizer)
 
 
 def _point(link: Path, target: Path) -> None:

@@ -1,0 +1,35 @@
+"""Which checkpoints stay, and what of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from plainloop.trainer.checkpoint.folder import OPTIMIZER, PREFIX
+from plainloop.trainer.run_folder.files import MANIFEST, sweep, sync, write_atomically
+
+
+def drop_optimizer(path: Path) -> None:
+    """Rank 0 only. Delete the optimizer state, and say so in the manifest first. Raises OSError."""
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if manifest[OPTIMIZER] is not None:
+        write_atomically(path / MANIFEST, json.dumps({**manifest, OPTIMIZER: None}, indent=1))
+        sync(path / MANIFEST)
+        sync(path)
+    (path / OPTIMIZER).unlink(missing_ok=True)
+
+
+def retain(folder: Path, *, keep_last: int, best_step: int | None, keep_optimizer: bool = True) -> None:
+    """Rank 0 only. Delete all but the last K (by step) and the best; sweep leftovers of crashed saves.
+    keep_optimizer: also that of the best.
+    """
+    steps = sorted(folder.glob(f"{PREFIX}*"))
+    for path in steps[:-keep_last]:
+        if path.name == f"{PREFIX}{best_step or -1:08d}":
+            if not keep_optimizer:
+                drop_optimizer(path)
+        else:
+            doomed = path.with_name(f".tmp-delete-{path.name}")
+            os.rename(path, doomed)  # rename first: a kill during deletion leaves no partial checkpoint
+    sweep(folder)
