@@ -1,5 +1,6 @@
 """`plainloop predict`: the answers of evaluate with offsets, files that survive a kill, and clear errors."""
 
+import csv
 import json
 import os
 import signal
@@ -157,6 +158,22 @@ def test_text_models(
     found = predictor("why ?", "it is so because of ice")
     assert found.keys() == {"answer", "answerable", "log_probability"} and found["log_probability"] < 0
     assert predictor("why ?", "")["answer"] is not None  # a context is optional
+
+    # CausalQA's own file, and its questions and contexts alone: the texts of evaluate
+    run, dev = text_options["run_dir"], str(text_files[1])
+    precision = ["--precision", "fp32"]
+    assert (
+        main(["evaluate", "--model", run, "--data", dev, "--out_dir", str(tmp_path / "e"), *precision]) == 0
+    )
+    texts = json.loads((tmp_path / "e/results.json").read_text())["predictions"]
+    assert main(["predict", "--model", run, "--data", dev, "--out", str(tmp_path / "a"), *precision]) == 0
+    assert [line["answer"] for line in lines_of(tmp_path / "a")] == texts
+    with open(dev, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    asked = [row["question_processed"].upper() for row in rows]  # questions are lower-cased, as in the corpus
+    contexts = [row["context_processed"] for row in rows]
+    predictor = Predictor.from_run(run, precision="fp32")
+    assert [answer["answer"] for answer in predictor(asked, contexts)] == texts
 
 
 def test_one_question_and_its_context(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,7 @@ def show(run_dir: Path, dev: Path, count: int = 6) -> None:
     )
     print("\nThe corpus is synthetic: this shows that the program works, not how good a model is.")
     print(f"Checkpoint: {run_dir / 'best'} (transformers: AutoModelForQuestionAnswering.from_pretrained)")
+    print_question(run_dir, examples[0].question, examples[0].context)
 
 
 def show_texts(run_dir: Path, dev: Path, count: int = 4) -> None:
@@ -175,3 +177,11 @@ def show_texts(run_dir: Path, dev: Path, count: int = 4) -> None:
     print("  " + "  ".join(f"{k} {results['metrics'][k]:.3f}" for k in ("em", "f1", "rougeL_f1", "loss")))
     print("\nThe corpus is synthetic: find which of three things is stated as the cause, and copy it.")
     print(f"Checkpoint: {run_dir / 'best'} (transformers: AutoModelForSeq2SeqLM.from_pretrained)")
+    first = read_text([str(dev)], TextOptions())[0]
+    print_question(run_dir, first.question[: -len(SEPARATOR)], first.context)
+
+
+def print_question(run_dir: Path, question: str, context: str) -> None:
+    """Print the command that asks the model."""
+    words = ["plainloop", "predict", "--model", str(run_dir), "--question", question, "--context", context]
+    print(f"Ask it: {shlex.join(words)}")

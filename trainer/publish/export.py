@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plainloop.data.readers.examples import Examples, ReadOptions
 from plainloop.data.readers.files import find_files
 from plainloop.models.onnx_spans import write_onnx
 from plainloop.trainer.config.trained_options import ExportConfig
@@ -96,7 +95,7 @@ def verify(before: str, after: str, files: list[str]) -> str:
     RunError if any answer differs.
     """
     models = [Predictor.from_run(model, precision="fp32") for model in (before, after)]
-    read = Examples(files, ReadOptions(answers=False, locate=not models[0].text))
+    read = models[0].read(files)
     processes = tokenising_processes(models[0].config)
     exact = not is_onnx(after)
     count, largest, differing = 0, 0.0, []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plainloop.data.errors import InputError
+from plainloop.data.readers.causalqa import is_causalqa
 from plainloop.trainer.config.options import TextConfig, TrainConfig
 from plainloop.trainer.config.parse import from_dict
 from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfig
@@ -99,6 +100,16 @@ def trained_with(path: str) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return {}
+
+
+def trained_on_causalqa(path: str) -> bool:
+    """Whether a text model was trained on CausalQA: by its training file if that is there, or the options."""
+    trained = trained_with(path)
+    names = (trained.get("data") or {}).get("train") or []
+    for name in [names] if isinstance(names, str) else names:
+        if Path(name).is_file():
+            return is_causalqa(name)
+    return (trained.get("text") or {}).get("dataset") is not None
 
 
 def as_trained(path: str, config: ScoreConfig) -> tuple[TrainConfig, Calibration | None]:

@@ -13,10 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from plainloop.data.errors import InputError
-from plainloop.data.readers.examples import Examples, ReadOptions
-from plainloop.data.readers.files import find_files
+from plainloop.data.readers.causalqa import SEPARATOR
 from plainloop.data.store import digest
-from plainloop.data.types import Example
+from plainloop.data.types import Example, TextExample
 from plainloop.trainer.config.trained_options import PredictConfig
 from plainloop.trainer.run_folder.files import sync, write_atomically
 from plainloop.trainer.trained.predictor import Predictor, tokenising_processes
@@ -37,7 +36,6 @@ def predict(config: PredictConfig) -> None:
     world = world_from_env(config.device)
     if world.size > 1 and not config.data:
         raise InputError("several processes need --data FILE and --out FILE.")
-    files = find_files(config.data) if config.data else []
     if config.out and world.is_main and Path(config.out).exists():
         raise InputError(f"--out {config.out}: this file exists; remove it or choose another one.")
     context = read_context(config.context) if config.context is not None else ""
@@ -48,7 +46,7 @@ def predict(config: PredictConfig) -> None:
     with process_group(world, timeout_s=config.timeout_s):
         predictor = Predictor(config, world, report=say if world.is_main else lambda line: None)
         if config.data:
-            predict_file(predictor, files, Path(str(config.out)), world.is_main)
+            predict_file(predictor, Path(str(config.out)), world.is_main)
         elif config.question is not None:
             print(json.dumps(predictor(config.question, context), indent=2, ensure_ascii=False))
         else:
@@ -70,7 +68,7 @@ def read_context(given: str) -> str:
         raise InputError(f"--context {given}: {error.strerror}.") from None
 
 
-def predict_file(predictor: Predictor, files: list[str], out: Path, is_main: bool) -> None:
+def predict_file(predictor: Predictor, out: Path, is_main: bool) -> None:
     """All ranks. Write a line per question to OUT.part, in order, and rename it to OUT when it is complete.
 
     An existing OUT.part of the same model, data and options is continued: its last chunk is computed again,
@@ -80,14 +78,15 @@ def predict_file(predictor: Predictor, files: list[str], out: Path, is_main: boo
     from plainloop.trainer.distributed.world import broadcast_json
 
     config = predictor.config
-    read = Examples(files, ReadOptions(config.columns, locate=not predictor.text, answers=False))
+    files = predictor.task.files(config.data, "dev")
+    read = predictor.read(files)
     total = predictor.require_fit(read) if is_main else None  # a bad record shows now, not after hours
     partial = out.with_name(out.name + ".part")
     for note in read.notes:
         say(note)
     done = broadcast_json(begin(partial, key_of(predictor, files)) if is_main else None)
     again = done % CHUNK
-    examples: Iterator[Example] = islice(iter(read), done - again, None)
+    examples: Iterator[Example | TextExample] = islice(read, done - again, None)
     with tqdm(
         total=total, initial=done, desc="predict", unit="q", delay=2, mininterval=1, disable=not is_main
     ) as bar:
@@ -100,7 +99,7 @@ def predict_file(predictor: Predictor, files: list[str], out: Path, is_main: boo
             for number, (example, answer) in enumerate(stream, start=done - again):
                 if number < done:
                     continue
-                line = {"id": example.id, "question": example.question, **answer}
+                line = {"id": example.id, "question": example.question.removesuffix(SEPARATOR), **answer}
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 if number % CHUNK == CHUNK - 1:
                     file.flush()

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from plainloop.data.errors import InputError
-from plainloop.data.readers.causalqa import as_text
+from plainloop.data.readers.causalqa import TextExamples, as_text, is_causalqa
+from plainloop.data.readers.examples import Examples, ReadOptions
 from plainloop.data.tokenise import CHUNK, in_chunks
-from plainloop.data.types import Example
+from plainloop.data.types import Example, TextExample
 from plainloop.trainer.config.trained_options import PredictConfig, ScoreConfig
 from plainloop.trainer.trained.model_folder import (
     as_trained,
@@ -22,6 +23,7 @@ from plainloop.trainer.trained.model_folder import (
     checkpoint_path,
     forward_precision,
     load_model,
+    trained_on_causalqa,
 )
 
 Report = Callable[[str], None]
@@ -62,6 +64,7 @@ class Predictor:
             world, precision, config.tokens_per_device, options, temperature=temperature
         )
         self.model = load_model(self.task, self.path, run, world).eval()
+        self._causalqa = self.text and not config.text.format and trained_on_causalqa(self.path)
         self._answer: Any = answering.answer_texts if self.text else answering.answer_spans
         self._lock = threading.Lock()
 
@@ -90,9 +93,7 @@ class Predictor:
             answers = [answer for _, answer in self.stream(examples, processes=1)]
         return answers[0] if one else answers
 
-    def stream(
-        self, examples: Iterable[Example], *, processes: int
-    ) -> Iterator[tuple[Example, dict[str, Any]]]:
+    def stream(self, examples: Iterable[Any], *, processes: int) -> Iterator[tuple[Any, dict[str, Any]]]:
         """All ranks. Yield (example, answer) in order, on rank 0. A chunk of examples shares its batches, so
         that an answer does not depend on what came before.
         """
@@ -103,7 +104,13 @@ class Predictor:
             answers = self._answer(self.task, self.model, encoded, self._examples(chunk), self.settings)
             yield from zip(chunk, answers or (), strict=False)
 
-    def require_fit(self, examples: Iterable[Example]) -> int:
+    def read(self, files: list[str]) -> Any:
+        """The questions of these files; answers are not needed. Raises InputError."""
+        if self.text and is_causalqa(files[0]):
+            return TextExamples(files, self.task.options, self.config.columns)
+        return Examples(files, ReadOptions(self.config.columns, locate=not self.text, answers=False))
+
+    def require_fit(self, examples: Iterable[Example | TextExample]) -> int:
         """Count the examples. Raises InputError for a question that does not fit into a window."""
         count, limit = 0, None if self.text else self._question_limit()
         for e in examples:
@@ -141,11 +148,19 @@ class Predictor:
     def _encode(self, examples: Sequence[Example]) -> Any:
         return self.task.encode(self._examples(examples), "dev")
 
-    def _examples(self, examples: Sequence[Example]) -> Sequence[Any]:
-        return [as_text(e, self.task.options) for e in examples] if self.text else examples
+    def _examples(self, examples: Sequence[Any]) -> Sequence[Any]:
+        return [self._as_text(e) for e in examples] if self.text else examples
+
+    def _as_text(self, example: Example | TextExample) -> TextExample:
+        """The example as the model's training data had it."""
+        if isinstance(example, TextExample):
+            return example
+        if not self._causalqa:
+            return as_text(example, self.task.options)
+        return replace(as_text(example, replace(self.task.options, format="unifiedqa")), is_squad=False)
 
 
-def _chunked(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def _chunked(examples: Iterable[Any]) -> Iterator[list[Any]]:
     stream = iter(examples)
     while chunk := list(itertools.islice(stream, CHUNK)):
         yield chunk
