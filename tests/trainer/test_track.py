@@ -27,6 +27,7 @@ def make_run(folder: Path, lr: float, steps: int) -> Path:
         lines.append({"kind": "train", "step": step, "loss": lr * step, "lr": lr, "note": "text"})
         lines.append({"kind": "evaluation", "step": step, "f1": step / 2})
     lines[1]["loss"] = "nan"
+    (folder / "status.json").write_text('{"status": "completed"}')
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -126,13 +127,19 @@ def test_every_value_once_whatever_the_number_of_calls(
     monkeypatch.chdir(tmp_path)
     runs = [make_run(tmp_path / f"sweep/lr-{lr}", lr, 40) for lr in (0.5, 0.25)]
     whole = (runs[0] / "metrics.jsonl").read_text()
-    (runs[0] / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:4]) + '{"kind": "tr')
+    running = whole.replace(
+        '"step": 30, "loss"', '"step": 30, "seconds": 5, "loss"'
+    )  # it will be another time
+    (runs[0] / "metrics.jsonl").write_text(running[: running.index('"step": 40')])
+    (runs[0] / "status.json").write_text('{"status": "running"}')
+    (runs[0] / "checkpoints/step-00000020").mkdir(parents=True)
     command = [sys.executable, "-m", "plainloop.trainer", "track", *map(str, runs), "--to", tracker]
     store = tmp_path / "store"
     for _ in range(3):
         told = subprocess.run([*command, "--dir", str(store)], capture_output=True, text=True)
         assert told.returncode == 0, told.stderr
         (runs[0] / "metrics.jsonl").write_text(whole)
+        (runs[0] / "status.json").write_text('{"status": "completed"}')
     assert told.stderr.splitlines()[-1].endswith(f"0 of them new in {tracker}")
     for run in runs:
         found = READ[tracker](store, "sweep", run.name)

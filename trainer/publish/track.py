@@ -22,6 +22,7 @@ from plainloop.trainer.config.parse import flatten
 from plainloop.trainer.config.trained_options import TrackConfig
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import no_follow, write_atomically
+from plainloop.trainer.run_folder.status import read_status
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,14 @@ def track(config: TrackConfig) -> None:
 
 
 def read_curves(folder: Path, group: str | None) -> Curves:
-    """Read a run folder. Raises InputError. A line that a running job has not finished is left out."""
+    """Read what is settled in a run folder. Raises InputError.
+
+    If the run has not completed, it may be killed, and then repeats the steps after its last checkpoint with
+    other times. So these are left out, and so is the line that it has not finished.
+    """
+    completed = read_status(folder).get("status") == "completed"
+    saved = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoints/step-*")]
+    last = max(saved, default=0)
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         options = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
@@ -73,11 +81,13 @@ def read_curves(folder: Path, group: str | None) -> Curves:
             if number == len(lines):
                 continue
             raise InputError(f"{folder / 'metrics.jsonl'}: line {number} is not a record of a run.") from None
+        if not completed and (step > last or (step == last and kind == "evaluation")):
+            continue
         for name, value in record.items():
             with contextlib.suppress(TypeError, ValueError):  # text; NaN and Inf are written as text too
-                points[step, f"{kind}/{name}"] = float(value)
+                points.setdefault((step, f"{kind}/{name}"), float(value))  # each start has a warm-up
     if not points:
-        raise InputError(f"{folder}: has no values yet.")
+        raise InputError(f"{folder}: has no values yet; a running job's count up to its last checkpoint.")
     ordered = sorted((step, name, value) for (step, name), value in points.items())
     return Curves(folder, group or folder.resolve().parent.name, options, ordered)
 
