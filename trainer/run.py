@@ -161,7 +161,7 @@ def start_or_resume(
         recorded=found.state["config"]["precision"] if found else None,
     )  # fmt: skip
     config = replace(config, precision=cast(Any, precision))
-    metadata = resume.run_metadata(config, world, data.store.name, steps.max_tokens)
+    metadata = resume.run_metadata(config, world, data.store, steps.max_tokens)
     resume.require_same_run(found, config, metadata, steps.sampler, world)
     torch.manual_seed(config.seed)
     heartbeat.at("loading the model")

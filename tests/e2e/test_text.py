@@ -140,7 +140,7 @@ def test_answer_in_one_window_beats_a_confident_null_in_another() -> None:
     assert best_of_windows(owner, texts, scores, {"none"})[0][0] == "ice"
     assert best_of_windows(owner, texts, scores, set())[0][0] == "none"
     equal = best_of_windows(np.array([0, 0]), np.array(["first", "second"]), np.zeros(2), {"none"})
-    assert equal == {0: "first"}
+    assert equal == {0: ("first", 0.0)}
 
 
 def test_wrong_kind_of_model(text_options: Any, tiny_model: Path, launch: Any) -> None:

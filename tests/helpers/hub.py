@@ -21,6 +21,7 @@ class Hub:
     def __init__(self, repositories: dict[str, Path]) -> None:
         self.repositories = repositories
         self.requests: list[str] = []
+        self.created: dict[str, bool] = {}  # "model user/name" -> private
         self.uploaded: dict[str, bytes] = {}
         self.fail_after: int | None = None  # fail after this many more file downloads
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -60,6 +61,7 @@ class Hub:
                 if not self.headers.get("Authorization"):
                     self.answer(401, b"{}")
                 elif self.path == "/api/repos/create":
+                    hub.created["model user/name"] = b"private" in sent  # the name of a field, or a value
                     self.answer(200, json.dumps({"url": f"{hub.url}/user/name"}).encode())
                 elif self.path == "/api/validate-yaml":
                     self.answer(200, json.dumps({"errors": [], "warnings": []}).encode())
@@ -83,12 +85,17 @@ class Hub:
             def info(self, kind: str, name: str, revision: str | None) -> None:
                 files = hub.files(kind, name)
                 wanted = (revision or "/revision/main").rpartition("/")[2]
-                if not files:
+                if not files and f"{kind} {name}" not in hub.created:
                     return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
                 if wanted not in ("main", COMMIT):
                     return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
                 siblings = [{"rfilename": file} for file in files]
-                content = {"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+                content = {
+                    "id": name,
+                    "sha": COMMIT,
+                    "siblings": siblings,
+                    "private": hub.created.get(f"{kind} {name}", False),
+                }
                 self.answer(200, json.dumps(content).encode())
 
             def tree(self, kind: str, name: str) -> None:

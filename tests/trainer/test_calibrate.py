@@ -135,9 +135,11 @@ def test_calibrate_then_use_it(
     # evaluate and predict use it when told, and only then
     assert main(["evaluate", "--model", run, *data, *calibrated, "--out_dir", str(tmp_path / "e")]) == 0
     told = capsys.readouterr()
-    assert "half of this data was used to fit" in told.err
+    assert "contexts were used to fit the threshold" in told.err
     given = json.loads((tmp_path / "e/provenance.json").read_text())
-    assert given["tuned_on_this_data"] == "all figures: half of this data was used to fit the threshold"
+    assert given["tuned_on_this_data"].startswith("all figures: ")
+    assert main(["evaluate", "--summary", str(tmp_path / "e")]) == 0
+    assert f"{tmp_path}/e (tuned on this data)" in capsys.readouterr().out
     number = ["--null_threshold", str(printed["null_threshold"])]
     assert main(["evaluate", "--model", run, *data, *number, "--out_dir", str(tmp_path / "n")]) == 0
     assert (tmp_path / "n/predictions.json").read_bytes() == (tmp_path / "e/predictions.json").read_bytes()

@@ -1,8 +1,10 @@
 """`plainloop predict`: the answers of evaluate with offsets, files that survive a kill, and clear errors."""
 
 import csv
+import fcntl
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -59,7 +61,7 @@ def test_the_texts_of_evaluate_and_right_offsets(trained: str, squad_file: Path,
             assert line["null_score"] - line["score"] == pytest.approx(odds[line["id"]], abs=1e-4)
         for entry in line["nbest"]:
             assert entry["text"] == "" or example.context[entry["start"] : entry["end"]] == entry["text"]
-        assert sum(entry["probability"] for entry in line["nbest"]) == pytest.approx(1)
+        assert 0 < sum(entry["probability"] for entry in line["nbest"]) < 1 + 1e-6  # of the 20 best
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["answers.jsonl"]
 
 
@@ -148,6 +150,41 @@ def test_killed_and_continued_gives_the_same_file(trained: str, squad_file: Path
     ranks = tmp_path / "ranks.jsonl"
     subprocess.run([sys.executable, *torchrun, "--out", str(ranks)], env=environment, check=True)
     assert ranks.read_bytes() == whole.read_bytes()
+
+
+def test_one_process_writes_and_only_the_same_answers_are_continued(
+    trained: str, squad_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["predict", "--model", trained, "--data", str(squad_file), "--out", str(tmp_path / "out")]
+    with open(tmp_path / "out.part.key", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main(line) == 2
+        assert "another process is writing it now" in capsys.readouterr().err
+    assert main(line) == 0 and main(line) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    copy = tmp_path / "copy"  # other weights under the same name: another answer
+    shutil.copytree((Path(trained) / "checkpoints").glob("*").__next__(), copy)
+    line[2], line[-1] = str(copy), str(tmp_path / "again")
+    assert main(line) == 0
+    whole = (tmp_path / "again").read_bytes()
+    key = [*map(str, (tmp_path / "again", tmp_path / "again.part"))]
+    os.rename(*key)
+    assert main(line) == 2  # its key is gone
+    assert "was begun with another model" in capsys.readouterr().err
+    (tmp_path / "again.part").unlink()
+    assert main(line) == 0 and (tmp_path / "again").read_bytes() == whole
+
+
+def test_the_probability_does_not_depend_on_the_number_listed(trained: str, squad_file: Path) -> None:
+    example = read_examples(squad_file)[0]
+    found = [Predictor.from_run(trained, num_best=n)(example.question, example.context) for n in (1, 5, 20)]
+    assert len({answer["probability"] for answer in found}) == 1
+    assert [len(answer["nbest"]) for answer in found] == [2, 6, 21]
+    with pytest.raises(InputError, match="num_best is 0"):
+        Predictor.from_run(trained, num_best=0)
+    with pytest.raises(InputError, match="half of a character"):
+        Predictor.from_run(trained)("Who\ud800?", "Ada.")
 
 
 def test_text_models(

@@ -24,11 +24,12 @@ def test_mean_and_spread(
         )  # fmt: skip
     capsys.readouterr()
     assert main(["evaluate", "--summary", *map(str, runs)]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
+    header, *lines, note = capsys.readouterr().out.splitlines()
     at = header.split().index("f1")
     best = [max(record["f1"] for record in metrics(run_dir, "evaluation")) for run_dir in runs]
     shown = [float(line.rsplit(maxsplit=len(header.split()))[1 + at]) for line in lines]
     assert shown == pytest.approx([*best, statistics.fmean(best), statistics.stdev(best)], abs=1e-4)
+    assert "best_f1*" in header and note.startswith("* the threshold")
     assert "total" not in header and lines[3].startswith("mean of 3")
 
 

@@ -35,7 +35,10 @@ def test_combinations_are_options_of_train(tmp_path: Path, capsys: pytest.Captur
     assert lines[4].split()[:2] == ["5", runs[4].name]
     assert main(["sweep", str(file), "--task", "5", "--run_dir", "runs/s"]) == 0
     words = capsys.readouterr().out.splitlines()
-    assert words == ["--run_dir", f"runs/s/{runs[4].name}", *runs[4].options]
+    assert "--optim.betas=[0.9,0.98]" in words
+    file.write_text("data.train: [v1/train.json, v2/train.json]")  # of the same last name
+    assert [run.name for run in expand(file)] == ["train-train.json", "train-train.json_2"]
+    assert words == [f"--run_dir=runs/s/{runs[4].name}", *runs[4].options]
 
 
 def test_bad_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +47,10 @@ def test_bad_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("epochs: 2", "no option has a list"),
         ("seed: []", "the list is empty"),
         ("sed: [1]", "unknown option 'sed'; did you mean seed?"),
-        ("seed: [1, 1]", "is a value in a list twice?"),
+        ("seed: [1, 1]", "is a value there twice?"),
+        ("optim.lr: [1e-5, 0.00001]", "is a value there twice?"),
+        ("optim.lr: [-1, 1e-5]", "optim.lr is -1"),
+        ('text.null_target: ["a\\nb"]', "must be one line"),
         ("seed: [1, x]", "seed"),
         ("run_dir: [a, b]", "give it on the command line"),
         ("seed: [1", "not a YAML file"),

@@ -149,6 +149,29 @@ def test_every_value_once_whatever_the_number_of_calls(
         assert sum(math.isnan(value) for value in expected.values()) == 1
 
 
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "mlflow"])
+def test_another_run_of_the_same_name_is_refused(tracker: str, tmp_path: Path) -> None:
+    pytest.importorskip(tracker)
+    runs = [make_run(tmp_path / f"{place}/runs/it's", lr, 20) for place, lr in (("a", 0.5), ("b", 0.25))]
+    command = [
+        sys.executable,
+        "-m",
+        "plainloop.trainer",
+        "track",
+        "--to",
+        tracker,
+        "--dir",
+        str(tmp_path / "s"),
+    ]
+    told = [
+        subprocess.run([*command[:4], str(run), *command[4:]], capture_output=True, text=True)
+        for run in (runs[0], runs[1], runs[0])
+    ]
+    assert [one.returncode for one in told] == [0, 2, 0], [one.stderr for one in told]
+    assert "the tracker has another run called runs/it's; give --group NAME." in told[1].stderr
+    assert "0 of them new" in told[2].stderr
+
+
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a/run", 0.5, 20)
     other = make_run(tmp_path / "b/a/run", 0.5, 20)
@@ -157,6 +180,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = make_run(tmp_path / "empty", 0.5, 20)
     (empty / "metrics.jsonl").write_text("")
     (tmp_path / "there/a/run").mkdir(parents=True)
+    damaged = make_run(tmp_path / "damaged", 0.5, 20)
+    (damaged / "config.yaml").write_text("")
     for line, message in (
         ([], "track needs runs and a tracker"),
         ([str(run)], "track needs runs and a tracker"),
@@ -165,6 +190,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([str(empty), "--to", "tensorboard"], "has no values yet"),
         ([str(run), str(other), "--to", "tensorboard"], "two runs are called a/run"),
         ([str(run), "--to", "tensorboard", "--dir", str(tmp_path / "there")], "was not written by track"),
+        ([str(damaged), "--to", "tensorboard"], "is damaged"),
     ):
         assert main(["track", *line]) == 2, line
         assert message in capsys.readouterr().err

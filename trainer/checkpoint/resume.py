@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from plainloop.data.samplers import Sampler, order_digest
+from plainloop.data.store import Store
 from plainloop.trainer.checkpoint import folder as checkpoints
 from plainloop.trainer.checkpoint.folder import Checkpoint
 from plainloop.trainer.config.options import TrainConfig
@@ -63,11 +64,12 @@ def require_same_run(
         found.state.update(order="", order_since=found.state["step"])  # a different run from here on
 
 
-def run_metadata(config: TrainConfig, world: World, data: str, max_tokens: int) -> dict[str, Any]:
+def run_metadata(config: TrainConfig, world: World, data: Store, max_tokens: int) -> dict[str, Any]:
     """All ranks. What checkpoints record of the run: options, data, and what affects rounding."""
     return {
         "config": asdict(config),
-        "fingerprint": {"data": data},
+        "fingerprint": {"data": data.name},
+        "counts": dict(data.meta["counts"]),
         "environment": {
             "tokens_per_device": max_tokens,
             **what_affects_rounding(world, tf32=config.tf32, deterministic=config.deterministic),

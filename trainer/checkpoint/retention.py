@@ -12,10 +12,14 @@ from plainloop.trainer.run_folder.files import MANIFEST, sweep, sync, write_atom
 
 def drop_optimizer(path: Path) -> None:
     """Rank 0 only. Delete the optimizer state, and say so in the manifest first. Raises OSError."""
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if manifest[OPTIMIZER] is not None:
-        write_atomically(path / MANIFEST, json.dumps({**manifest, OPTIMIZER: None}, indent=1))
-        sync(path / MANIFEST)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        complete = manifest[OPTIMIZER] is not None
+    except (ValueError, KeyError, TypeError):
+        return  # it is damaged, which verify will say
+    if complete:
+        content = json.dumps({**manifest, OPTIMIZER: None}, indent=1)
+        write_atomically(path / MANIFEST, content, durable=True)
         sync(path)
     (path / OPTIMIZER).unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ import yaml
 
 from plainloop.trainer.config.options import TrainConfig, option
 from plainloop.trainer.config.parse import check_yaml, flatten, option_names, parse
+from plainloop.trainer.config.validate import range_faults
 from plainloop.trainer.errors import InputError
 
 
@@ -61,7 +62,7 @@ def sweep(config: SweepConfig) -> str:
     if config.task is None or config.task > len(runs):
         raise InputError(f"--task {config.task}: {config.file} has {len(runs)} runs.")
     run = runs[config.task - 1]
-    folder = ["--run_dir", str(Path(config.run_dir) / run.name)] if config.run_dir else []
+    folder = [f"--run_dir={Path(config.run_dir) / run.name}"] if config.run_dir else []
     return "\n".join([*folder, *run.options])
 
 
@@ -79,29 +80,33 @@ def expand(path: Path) -> list[Run]:
         raise InputError(f"{path}: no option has a list of values, for example seed: [1, 2, 3].")
     if empty := [name for name, value in varied.items() if not value]:
         raise InputError(f"{path}: {empty[0]}: the list is empty.")
-    fixed = [
-        word for name, value in values.items() if name not in varied for word in (f"--{name}", _text(value))
-    ]
+    fixed = [f"--{name}={_text(value)}" for name, value in values.items() if name not in varied]
     short = {name: name.rpartition(".")[2] for name in varied}
     if len(set(short.values())) < len(short):
         short = {name: name for name in varied}
     runs: dict[str, Run] = {}
+    configs: list[TrainConfig] = []
     for chosen in itertools.product(*varied.values()):
         texts = [_text(value) for value in chosen]
         name = "_".join(f"{short[n]}-{_plain(t)}" for n, t in zip(varied, texts, strict=True))
-        words = [word for n, text in zip(varied, texts, strict=True) for word in (f"--{n}", text)]
-        if name in runs:
-            raise InputError(f"{path}: two runs would be called {name}; is a value in a list twice?")
+        words = [f"--{n}={text}" for n, text in zip(varied, texts, strict=True)]
+        config = parse(TrainConfig, [*fixed, *words], program="sweep")
+        if faults := range_faults(config):  # now, not in a job
+            raise InputError(f"{path}: {'; '.join(faults)}")
+        if config in configs:
+            raise InputError(f"{path}: {name}: is another run with the same options; is a value there twice?")
+        configs.append(config)
+        name += f"_{len(runs) + 1}" if name in runs else ""
         runs[name] = Run(name, [*fixed, *words])
-        parse(TrainConfig, runs[name].options, program="sweep")  # a bad value shows now, not in a job
     return list(runs.values())
 
 
 def _text(value: Any) -> str:
     """The value as a word of the command line."""
-    if isinstance(value, (list, dict)):
-        return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).strip()
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    if "\n" in (text := str(value)):
+        raise InputError(f"{text!r}: a value of a sweep must be one line.")
+    plain = value is None or isinstance(value, (bool, list, dict))
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False) if plain else text
 
 
 def _plain(text: str) -> str:

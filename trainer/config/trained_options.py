@@ -116,10 +116,12 @@ class PredictConfig:
         0.0,
         "predict '' if null score - best score exceeds this; calibrated: as plainloop calibrate has fitted",
     )
-    num_best: int = option(5, "candidates per question", minimum=1)
+    num_best: int = option(5, "candidates per question to list", minimum=1)
     text: ScoreTextConfig = field(default_factory=ScoreTextConfig)
     tokens_per_device: int = option(8192, "padded tokens per batch", minimum=1)
-    processes: int | None = option(None, "processes for tokenising; default: the cores this process may use")
+    processes: int | None = option(
+        None, "processes for tokenising; default: the cores this process may use", minimum=1
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "precision of the forward pass; auto: chosen for this device, as in train"
     )
@@ -156,9 +158,10 @@ class CalibrateConfig:
     max_length: int | None = option(None, "tokens per window; default: as in training, else 384")
     stride: int | None = option(None, "overlap of neighbouring windows; default: as in training, else 128")
     max_answer_length: int = option(30, "maximum length of an answer, in tokens", minimum=1)
-    num_best: int = option(20, "candidates per question", minimum=2)
     tokens_per_device: int = option(8192, "padded tokens per batch", minimum=1)
-    processes: int | None = option(None, "processes for tokenising; default: the cores this process may use")
+    processes: int | None = option(
+        None, "processes for tokenising; default: the cores this process may use", minimum=1
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "precision of the forward pass; auto: chosen for this device, as in train"
     )

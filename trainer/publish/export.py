@@ -5,7 +5,7 @@ OUT/model.onnx, model.onnx.data                     with --onnx, instead of mode
 OUT/plainloop.json                                  the options of the run, which predict and evaluate read
 OUT/calibration.json                                if there was one
 OUT/README.md                                       the model card, to be completed
-OUT/manifest.json                                   size and SHA-256 of every other file but the card
+OUT/manifest.json                                   size and SHA-256 of what can not be edited
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from plainloop.trainer.errors import InputError, RunError
 from plainloop.trainer.publish.model_card import model_card
 from plainloop.trainer.run_folder.files import MANIFEST, write_manifest
 from plainloop.trainer.trained import calibration_file
-from plainloop.trainer.trained.model_folder import OPTIONS_FILE, checkpoint_path, is_onnx, trained_with
+from plainloop.trainer.trained.model_folder import (
+    OPTIONS_FILE,
+    checkpoint_path,
+    is_onnx,
+    recorded_in,
+    trained_with,
+)
 from plainloop.trainer.trained.predictor import Predictor, tokenising_processes
 from plainloop.trainer.trained.provenance import versions, weights_of
 
@@ -41,12 +47,14 @@ def export(config: ExportConfig) -> None:
         )
     out, source = Path(config.out), Path(checkpoint_path(config.run))
     trained = trained_with(str(source))
-    if not trained:
+    if not trained or not (source / "state.json").is_file():
         raise InputError(f"{config.run}: not a run folder or a checkpoint of plainloop: no state.json in it.")
     if out.exists():
         raise InputError(f"--out {out}: exists; remove it or choose another folder.")
     files = find_files(config.verify) if config.verify else []
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    for left in out.parent.glob(f".tmp-{out.name}-*"):  # by a killed export
+        shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         try:
@@ -63,22 +71,37 @@ def export(config: ExportConfig) -> None:
 def _fill(
     folder: Path, source: Path, trained: dict[str, Any], config: ExportConfig, files: list[str]
 ) -> None:
-    for file in source.iterdir():
+    if (source / calibration_file.NAME).is_file():
+        calibration_file.read(source / calibration_file.NAME, weights_of(source))
+    listed = [source / name for name in (*read_manifest(source), calibration_file.NAME)]
+    for file in filter(Path.is_file, listed):
         weights = config.onnx and file.name.startswith("model") and "safetensors" in file.name
         if file.name not in OF_TRAINING and not weights:
             shutil.copyfile(file, folder / file.name)
-    options = {"config": trained, "exported_from": weights_of(source), "versions": versions()}
+    counts = recorded_in(str(source)).get("counts")
+    options = {
+        "config": trained,
+        "counts": counts,
+        "exported_from": weights_of(source),
+        "versions": versions(),
+    }
     (folder / OPTIONS_FILE).write_text(json.dumps(options, indent=1), encoding="utf-8")
     if config.onnx:
         _onnx(folder, source)
         if (folder / calibration_file.NAME).is_file():
-            calibration_file.move(folder / calibration_file.NAME, weights_of(folder))
+            calibration_file.move(folder / calibration_file.NAME, weights_of(source), weights_of(folder))
+    write_manifest(
+        folder, {"kind": "export", "weights": weights_of(source)}, without=(CARD, calibration_file.NAME)
+    )
     verified = verify(str(source), str(folder), files) if files else ""
     if verified:
         say(verified)
     card = model_card(folder, source, trained, config, verified)
     (folder / CARD).write_text(card, encoding="utf-8")
-    write_manifest(folder, {"kind": "export", "weights": weights_of(source)}, without=(CARD,))
+
+
+def read_manifest(source: Path) -> list[str]:
+    return list(json.loads((source / MANIFEST).read_text(encoding="utf-8")))
 
 
 def _onnx(folder: Path, source: Path) -> None:
@@ -94,7 +117,8 @@ def verify(before: str, after: str, files: list[str]) -> str:
     """Answer the questions of these files with both models, in fp32. Return what was compared. Raises
     RunError if any answer differs.
     """
-    models = [Predictor.from_run(model, precision="fp32") for model in (before, after)]
+    device = "cpu" if is_onnx(after) else "auto"
+    models = [Predictor.from_run(model, precision="fp32", device=device) for model in (before, after)]
     read = models[0].read(files)
     processes = tokenising_processes(models[0].config)
     exact = not is_onnx(after)

@@ -13,7 +13,7 @@ from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.config.parse import flatten, from_dict, plain
 from plainloop.trainer.config.trained_options import ExportConfig
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.run_folder.files import sha256
+from plainloop.trainer.run_folder.files import read_source, sha256
 from plainloop.trainer.trained import calibration_file
 from plainloop.trainer.trained.provenance import weights_of
 
@@ -29,11 +29,13 @@ def model_card(
     """
     run = from_dict(TrainConfig, trained)
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))
-    base = Path(run.model.path).name if Path(run.model.path).is_absolute() else run.model.path
+    fetched = read_source(Path(run.model.path)) or {}
+    on_hub = fetched.get("name") or (run.model.path if not Path(run.model.path).exists() else None)
+    base = on_hub or Path(run.model.path).name
     header = {
         "library_name": "transformers" if not config.onnx else "onnx",
-        "pipeline_tag": "question-answering",
-        "base_model": base,
+        "pipeline_tag": "question-answering" if run.task == "span" else "text2text-generation",
+        **({"base_model": on_hub} if on_hub else {}),
         "tags": ["plainloop", f"plainloop-{run.task}"],
     }
     sections = [

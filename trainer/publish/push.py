@@ -8,7 +8,8 @@ from pathlib import Path
 from plainloop.trainer.config.trained_options import PushConfig
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.publish.model_card import TO_COMPLETE
-from plainloop.trainer.run_folder.files import fault_of, read_source
+from plainloop.trainer.run_folder.files import read_source
+from plainloop.trainer.trained.model_folder import checkpoint_path
 
 
 def push(config: PushConfig) -> str:
@@ -20,16 +21,25 @@ def push(config: PushConfig) -> str:
     folder = Path(config.folder)
     if (read_source(folder) or {}).get("kind") != "export":
         raise InputError(f"{folder}: was not written by plainloop export; export the run first.")
-    if fault := fault_of(folder):
-        raise InputError(f"{folder}: {fault}; export it again.")
-    if TO_COMPLETE in (folder / "README.md").read_text(encoding="utf-8"):
+    checkpoint_path(str(folder))  # verifies it
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / 'README.md'}: can't be read ({error}); export the run again.") from None
+    if TO_COMPLETE in card:
         print(f"warning: {folder / 'README.md'} is not complete: licence and intended use", file=sys.stderr)
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set: push needs the network; unset it on a node with internet.")
     try:
         api = HfApi(endpoint=constants.ENDPOINT)
         api.create_repo(config.repo, private=config.private, exist_ok=True)
-        commit = api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message=config.message)
+        if config.private and not api.repo_info(config.repo).private:
+            raise InputError(f"{config.repo}: is a public repository; choose another, or --private false.")
+        commit = api.upload_folder(
+            repo_id=config.repo, folder_path=folder, commit_message=config.message, delete_patterns="*"
+        )
+    except InputError:
+        raise
     except errors.HFValidationError as error:
         raise InputError(f"{config.repo}: must be USER/NAME ({error}).") from None
     except errors.LocalTokenNotFoundError:

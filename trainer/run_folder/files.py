@@ -44,12 +44,17 @@ def no_follow(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Atomically replace a small file. A symlink at `path` is replaced, not followed."""
+def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
+    """Atomically replace a small file. A symlink at `path` is replaced, not followed. durable: it is on the
+    disk before it replaces the one before.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     with open(temporary, "x", encoding="utf-8", opener=no_follow) as stream:
         stream.write(text)
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
     os.replace(temporary, path)
 
 

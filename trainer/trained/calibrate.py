@@ -20,8 +20,8 @@ from plainloop.trainer.config.trained_options import CalibrateConfig, PredictCon
 from plainloop.trainer.tasks.metrics import per_question
 from plainloop.trainer.tasks.normalize import metric_rules
 from plainloop.trainer.trained import calibration
-from plainloop.trainer.trained.calibration_file import NAME, windows, write
-from plainloop.trainer.trained.predictor import Predictor, tokenising_processes
+from plainloop.trainer.trained.calibration_file import NAME, context_digests, windows, write
+from plainloop.trainer.trained.predictor import CANDIDATES, Predictor, tokenising_processes
 from plainloop.trainer.trained.provenance import provenance
 
 
@@ -31,9 +31,11 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any] | None:
 
     if not config.model or not config.data:
         raise InputError("calibrate needs --model FOLDER and --data FILE, questions with answers.")
+    if config.language != "en" and config.metric == "squad":
+        raise InputError("--language: no effect with --metric squad; leave it out, or choose --metric mlqa.")
     files, world = find_files(config.data), world_from_env(config.device)
     same = {f.name for f in dataclasses.fields(PredictConfig)} & {f.name for f in dataclasses.fields(config)}
-    asked = PredictConfig(**{name: getattr(config, name) for name in same})
+    asked = PredictConfig(num_best=CANDIDATES, **{name: getattr(config, name) for name in same})
     with process_group(world, timeout_s=config.timeout_s):
         say = (lambda line: print(line, file=sys.stderr)) if world.is_main else (lambda line: None)
         predictor = Predictor(asked, world, report=say)
@@ -60,7 +62,12 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any] | None:
             [bool(e.answers) for e in examples],
         )
         result = fit(questions, fitting, config.answer_precision)
-        result |= {"options": options_of(predictor), **provenance("calibrate", config, predictor.path, files)}
+        contexts = [e.context for e, used in zip(examples, fitting, strict=True) if used]
+        result |= {
+            "fitted_contexts": context_digests(contexts),
+            "options": options_of(predictor),
+            **provenance("calibrate", config, predictor.path, files),
+        }
         write(Path(predictor.path) / NAME, result)
         return result
 

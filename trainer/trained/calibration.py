@@ -115,7 +115,8 @@ def confidence(questions: Judged, threshold: float, temperature: float) -> np.nd
 
 
 def figures(questions: Judged, threshold: float, temperature: float) -> dict[str, float]:
-    """exact and f1 in percent; null_auroc: of score_diff, for telling unanswerable questions; ece: the
+    """exact and f1 in percent; answered: share of questions with an answer; answer_precision: share of those
+    answers that is exactly right; null_auroc: of score_diff, for telling unanswerable questions; ece: the
     expected calibration error, 0 to 1; coverage_at_N: the share of all questions, the most probable answers
     first, that can be answered with N percent of them exactly right.
     """
@@ -124,6 +125,8 @@ def figures(questions: Judged, threshold: float, temperature: float) -> dict[str
     f1 = np.where(nothing, ~questions.answerable, questions.f1)
     scores = {"exact": 100.0 * float(right.mean()), "f1": 100.0 * float(f1.mean())}
     scores["answered"] = float(1 - nothing.mean())
+    if not nothing.all():
+        scores["answer_precision"] = float(right[~nothing].mean())
     if 0 < questions.answerable.sum() < len(right):
         scores["null_auroc"] = auroc(questions.score_diff, ~questions.answerable)
     scores["ece"] = expected_calibration_error(p, right)

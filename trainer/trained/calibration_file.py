@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,11 @@ NAME = "calibration.json"
 
 
 class Calibration(NamedTuple):
-    """data: file -> SHA-256 of the data of which one half was used to fit."""
+    """contexts: digests of those of the half that was used to fit."""
 
     null_threshold: float
     temperature: float
-    data: dict[str, str]
+    contexts: frozenset[str]
 
 
 def windows(max_length: int, stride: int, max_answer_length: int) -> dict[str, Any]:
@@ -47,17 +48,9 @@ def read_calibration(model: str, run: TrainConfig) -> Calibration:
         raise InputError(
             f"--null_threshold calibrated: {path}: no such file; {again.removesuffix(' again')}."
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        digest = content.pop("sha256")
-        if digest != digest_of(content):
-            raise ValueError("its digest is another one")
-        fitted = Calibration(float(content["null_threshold"]), float(content["temperature"]), content["data"])
-        weights, options = content["weights"], content["options"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error}); {again}.") from None
-    if weights != weights_of(Path(model)):
-        raise InputError(f"{path}: was fitted for other weights; {again}.")
+    content = read(path, weights_of(Path(model)))
+    options, contexts = content["options"], frozenset(content["fitted_contexts"])
+    fitted = Calibration(content["null_threshold"], content["temperature"], contexts)
     asked = windows(run.data.max_length, run.data.stride, run.evaluation.max_answer_length)
     if options != asked:
         changed = ", ".join(f"--{n} {options.get(n)}" for n in asked if options.get(n) != asked[n])
@@ -65,8 +58,26 @@ def read_calibration(model: str, run: TrainConfig) -> Calibration:
     return fitted
 
 
-def move(path: Path, weights: dict[str, str]) -> None:
-    """Make the file belong to weights that compute the same, such as an ONNX export."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    del content["sha256"]
+def read(path: Path, weights: dict[str, str]) -> dict[str, Any]:
+    """The content of the file. Raises InputError if it is damaged, or does not belong to these weights."""
+    again = f"run plainloop calibrate --model {path.parent} --data FILE again"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("sha256") != digest_of(content):
+            raise ValueError("its digest is another one")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error}); {again}.") from None
+    if content["weights"] != weights:
+        raise InputError(f"{path}: was fitted for other weights; {again}.")
+    return content
+
+
+def context_digests(contexts: Iterable[str]) -> list[str]:
+    """Short digests of contexts, by which data that was used to fit is known again in any format."""
+    return sorted({hashlib.sha256(context.strip().encode()).hexdigest()[:12] for context in contexts})
+
+
+def move(path: Path, before: dict[str, str], weights: dict[str, str]) -> None:
+    """Make the file belong to weights that compute the same, such as an ONNX export. Raises InputError."""
+    content = read(path, before)
     write(path, {**content, "weights": weights, "fitted_with_weights": content["weights"]})

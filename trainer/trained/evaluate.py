@@ -18,6 +18,7 @@ from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfi
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.tasks.metrics import causalqa_scores, squad_scores
 from plainloop.trainer.tasks.normalize import metric_rules
+from plainloop.trainer.trained.calibration_file import context_digests
 from plainloop.trainer.trained.model_folder import (
     as_trained,
     check_options,
@@ -25,6 +26,7 @@ from plainloop.trainer.trained.model_folder import (
     forward_precision,
     load_model,
     merged,
+    trained_with,
 )
 from plainloop.trainer.trained.provenance import provenance
 
@@ -86,7 +88,7 @@ def score_predictions(config: ScoreConfig) -> dict[str, float]:
     rules = metric_rules(config.metric, config.language)
     threshold = config.na_prob_thresh
     scores = squad_scores(examples, predictions, score_diff=odds, threshold=threshold, rules=rules)
-    if tuned := tuned_figures(scores, ()):
+    if tuned := tuned_figures(scores):
         _note(tuned)
     return scores
 
@@ -161,20 +163,21 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
     if not world.is_main:
         return None
     assert metrics is not None  # nobody interrupts this evaluation
-    origin = provenance("evaluate", config, path, data.files)
-    if tuned := tuned_figures(
-        metrics, set(fitted.data.values()) & set(origin["data"].values()) if fitted else ()
-    ):
+    origin = {**provenance("evaluate", config, path, data.files), "options": flatten(trained_with(path))}
+    here = set(context_digests(e.context for e in data.examples)) if fitted else set()
+    if tuned := tuned_figures(metrics, len(here & fitted.contexts) if fitted else 0, len(here)):
         _note(tuned)
     if config.out_dir:
         write_provenance(Path(config.out_dir), {**origin, "tuned_on_this_data": tuned})
     return metrics
 
 
-def tuned_figures(metrics: Collection[str], used_to_fit: Collection[str]) -> str:
-    """Which of the figures were tuned on the data that they are measured on; "" for none."""
-    if used_to_fit:
-        return "all figures: half of this data was used to fit the threshold"
+def tuned_figures(metrics: Collection[str], used: int = 0, contexts: int = 0) -> str:
+    """Which of the figures were tuned on the data that they are measured on; "" for none. used: how many of
+    its contexts the calibration was fitted on.
+    """
+    if used:
+        return f"all figures: {used} of the {contexts} contexts were used to fit the threshold"
     return ", ".join(name for name in metrics if name.startswith("best_"))
 
 

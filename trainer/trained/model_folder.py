@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Collection
@@ -10,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from plainloop.data.errors import InputError
-from plainloop.data.readers.causalqa import is_causalqa
 from plainloop.trainer.config.options import TextConfig, TrainConfig
 from plainloop.trainer.config.parse import from_dict
 from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfig
-from plainloop.trainer.run_folder.files import fault_of, read_source
+from plainloop.trainer.run_folder.files import fault_of
 from plainloop.trainer.trained.calibration_file import Calibration, read_calibration
 
 OPTIONS_FILE = "plainloop.json"  # in an exported folder
@@ -41,8 +41,9 @@ def checkpoint_path(path: str) -> str:
     """
     from plainloop.trainer.checkpoint.folder import PREFIX, verify
 
+    path = from_hub(path)
     folder = Path(path)
-    if (read_source(folder) or {}).get("kind") == "export" and (fault := fault_of(folder)):
+    if (folder / OPTIONS_FILE).is_file() and (fault := _fault_of_export(folder)):
         raise InputError(f"{path}: {fault}; export it again.")
     if (folder / "best").exists():
         for _ in range(3):
@@ -58,6 +59,29 @@ def checkpoint_path(path: str) -> str:
         if verify(candidate) is None:
             return str(candidate)
     raise InputError(f"{path}: this run folder has no good checkpoint.")
+
+
+def _fault_of_export(folder: Path) -> str | None:
+    try:
+        return fault_of(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json can't be read ({type(error).__name__})"
+
+
+def from_hub(path: str) -> str:
+    """The folder of an export that was pushed under this Hub name. Return any other name unchanged."""
+    if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        return path
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    from plainloop.models.load import is_local
+
+    local = is_local(path)
+    try:
+        hf_hub_download(path, OPTIONS_FILE, local_files_only=local)
+        return str(snapshot_download(path, local_files_only=local))
+    except Exception:  # no such file, no network: then it is for transformers to load it, or to say why not
+        return path
 
 
 def forward_precision(path: str, wanted: str, device: Any) -> tuple[str, list[str]]:
@@ -95,21 +119,24 @@ def load_model(task: Any, path: str, run: TrainConfig, world: Any) -> Any:
 
 def trained_with(path: str) -> dict[str, Any]:
     """Return the training config of a checkpoint or an exported folder; {} for other folders."""
-    try:
-        file = next(file for name in ("state.json", OPTIONS_FILE) if (file := Path(path) / name).is_file())
-        return dict(json.loads(file.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return {}
+    return dict(recorded_in(path).get("config") or {})
+
+
+def recorded_in(path: str) -> dict[str, Any]:
+    """What a checkpoint (state.json) or an exported folder says about its run; {} for other folders."""
+    for name in ("state.json", OPTIONS_FILE):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return dict(json.loads((Path(path) / name).read_text(encoding="utf-8")))
+    return {}
 
 
 def trained_on_causalqa(path: str) -> bool:
-    """Whether a text model was trained on CausalQA: by its training file if that is there, or the options."""
-    trained = trained_with(path)
-    names = (trained.get("data") or {}).get("train") or []
-    for name in [names] if isinstance(names, str) else names:
-        if Path(name).is_file():
-            return is_causalqa(name)
-    return (trained.get("text") or {}).get("dataset") is not None
+    """Whether a text model was trained on CausalQA. Older checkpoints say so only by text.dataset."""
+    recorded = recorded_in(path)
+    counts = recorded.get("counts")
+    if counts is not None:
+        return not counts.get("squad")
+    return ((recorded.get("config") or {}).get("text") or {}).get("dataset") is not None
 
 
 def as_trained(path: str, config: ScoreConfig) -> tuple[TrainConfig, Calibration | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -17,8 +19,10 @@ from plainloop.data.readers.causalqa import SEPARATOR
 from plainloop.data.store import digest
 from plainloop.data.types import Example, TextExample
 from plainloop.trainer.config.trained_options import PredictConfig
-from plainloop.trainer.run_folder.files import sync, write_atomically
+from plainloop.trainer.errors import INTERRUPTED, RunError
+from plainloop.trainer.run_folder.files import sync
 from plainloop.trainer.trained.predictor import Predictor, tokenising_processes
+from plainloop.trainer.trained.provenance import weights_of
 
 
 def predict(config: PredictConfig) -> None:
@@ -39,7 +43,7 @@ def predict(config: PredictConfig) -> None:
     if config.out and world.is_main and Path(config.out).exists():
         raise InputError(f"--out {config.out}: this file exists; remove it or choose another one.")
     context = read_context(config.context) if config.context is not None else ""
-    if config.question is None and not config.data and not sys.stdin.isatty():
+    if config.question is None and not config.data and not (sys.stdin and sys.stdin.isatty()):
         raise InputError(
             "give --question and --context, or --data and --out; only a terminal is asked for them."
         )
@@ -74,17 +78,23 @@ def predict_file(predictor: Predictor, out: Path, is_main: bool) -> None:
     An existing OUT.part of the same model, data and options is continued: its last chunk is computed again,
     for the same bits, and only what is missing is written.
     """
-    from plainloop.data.tokenise import CHUNK
-    from plainloop.trainer.distributed.world import broadcast_json
-
-    config = predictor.config
-    files = predictor.task.files(config.data, "dev")
+    files = predictor.task.files(predictor.config.data, "dev")
     read = predictor.read(files)
     total = predictor.require_fit(read) if is_main else None  # a bad record shows now, not after hours
     partial = out.with_name(out.name + ".part")
     for note in read.notes:
         say(note)
-    done = broadcast_json(begin(partial, key_of(predictor, files)) if is_main else None)
+    with only_writer(out, partial) if is_main else contextlib.nullcontext():
+        write_answers(predictor, read, total, out, key_of(predictor, files) if is_main else None)
+
+
+def write_answers(predictor: Predictor, read: Any, total: int | None, out: Path, key: str | None) -> None:
+    """All ranks. key: None on ranks other than 0, which write nothing."""
+    from plainloop.data.tokenise import CHUNK
+    from plainloop.trainer.distributed.world import broadcast_json
+
+    config, is_main, partial = predictor.config, key is not None, out.with_name(out.name + ".part")
+    done = broadcast_json(begin(partial, key) if key is not None else None)
     again = done % CHUNK
     examples: Iterator[Example | TextExample] = islice(read, done - again, None)
     with tqdm(
@@ -95,7 +105,7 @@ def predict_file(predictor: Predictor, out: Path, is_main: bool) -> None:
             for _ in stream:
                 pass
             return
-        with open(partial, "ab") as file:
+        with open(partial, "ab") as file, _told_how_to_continue():
             for number, (example, answer) in enumerate(stream, start=done - again):
                 if number < done:
                     continue
@@ -106,18 +116,46 @@ def predict_file(predictor: Predictor, out: Path, is_main: bool) -> None:
                 bar.update(1)
     sync(partial)
     os.rename(partial, out)
-    key_file(partial).unlink()
     say(f"{out}: complete")
+
+
+@contextlib.contextmanager
+def only_writer(out: Path, partial: Path) -> Iterator[None]:
+    """Rank 0. Hold a lock on OUT.part.key. Raises InputError if another process has it, or wrote OUT."""
+    try:
+        file = open(key_file(partial), "a")
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--out {out}: another process is writing it now.") from None
+        try:
+            if out.exists():
+                raise InputError(f"--out {out}: this file exists; remove it or choose another one.")
+            yield
+        finally:
+            if not partial.exists():
+                key_file(partial).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told_how_to_continue() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunError("interrupted; the same command continues", INTERRUPTED) from None
 
 
 def begin(partial: Path, key: str) -> int:
     """Rank 0. Return how many whole lines OUT.part has; cut off a torn one. Raises InputError."""
     try:
         if not partial.exists():
-            write_atomically(key_file(partial), key)
+            key_file(partial).write_text(key)  # in place: it is locked
             partial.touch()
             return 0
-        before = key_file(partial).read_text() if key_file(partial).exists() else ""
+        before = key_file(partial).read_text()
         if before != key:
             raise InputError(
                 f"{partial}: was begun with another model, other data or other options; remove it, or choose"
@@ -142,16 +180,15 @@ def key_file(partial: Path) -> Path:
 
 def key_of(predictor: Predictor, files: list[str]) -> str:
     """A digest of all that the answers depend on."""
-    folder = Path(predictor.path)
-    names = ("manifest.json", "config.json")
-    weights = [folder / name for name in names if (folder / name).is_file()]
-    config = predictor.config
+    config, settings = predictor.config, predictor.settings
+    fitted = settings.options.null_threshold, settings.temperature
+    weights = weights_of(Path(predictor.path))
     options = {
         name: value if isinstance(value, (int, float, str, dict, type(None))) else repr(value)
         for name, value in vars(config).items()
         if name not in ("out", "data", "model", "timeout_s", "processes", "question", "context")
     }
-    return digest(predictor.path, options, predictor.settings.precision, *weights, *map(Path, files))
+    return digest(predictor.path, options, settings.precision, fitted, weights, *map(Path, files))
 
 
 def converse(predictor: Predictor) -> None:
@@ -160,7 +197,11 @@ def converse(predictor: Predictor) -> None:
     lines = list(iter(lambda: _line(""), ""))
     context = "\n".join(lines)
     while question := _line("question: "):
-        found: dict[str, Any] = predictor(question, context)
+        try:
+            found: dict[str, Any] = predictor(question, context)
+        except InputError as error:
+            say(str(error))
+            continue
         print(found["answer"] or "(no answer)", _certainty(found), flush=True)
 
 

@@ -17,6 +17,7 @@ from plainloop.data.readers.examples import Examples, ReadOptions
 from plainloop.data.tokenise import CHUNK, in_chunks
 from plainloop.data.types import Example, TextExample
 from plainloop.trainer.config.trained_options import PredictConfig, ScoreConfig
+from plainloop.trainer.config.validate import range_faults
 from plainloop.trainer.trained.model_folder import (
     as_trained,
     check_options,
@@ -24,8 +25,10 @@ from plainloop.trainer.trained.model_folder import (
     forward_precision,
     load_model,
     trained_on_causalqa,
+    trained_with,
 )
 
+CANDIDATES = 20  # that share the probability, however many of them are asked for
 Report = Callable[[str], None]
 
 
@@ -46,6 +49,8 @@ class Predictor:
         from plainloop.trainer.tasks.find import find_task
 
         self.config, self.path = config, checkpoint_path(str(config.model))
+        if ":" in (recorded := str(trained_with(self.path).get("task"))):
+            raise InputError(f"{self.path}: predict knows the tasks span and text, not {recorded}.")
         scoring = as_scoring(config)
         run, fitted = as_trained(self.path, scoring)
         if run.task not in ("span", "text"):
@@ -58,7 +63,9 @@ class Predictor:
         precision, why = forward_precision(self.path, config.precision, world.device)
         for line in why:
             report(line)
-        options = replace(run.evaluation, num_best=config.num_best)
+        if faults := range_faults(config):
+            raise InputError("; ".join(faults))
+        options = replace(run.evaluation, num_best=max(CANDIDATES, config.num_best))
         temperature = fitted.temperature if fitted else None
         self.settings = EvaluationSettings(
             world, precision, config.tokens_per_device, options, temperature=temperature
@@ -71,8 +78,14 @@ class Predictor:
     @classmethod
     def from_run(cls, path: str, **options: Any) -> Predictor:
         """Load a run folder, a checkpoint or a Hub name, in this process alone. options: of PredictConfig."""
+        import torch.distributed as dist
+
         from plainloop.trainer.distributed.world import world_from_env
 
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise InputError(
+                "Predictor.from_run is for a process alone; the ranks would wait for each other."
+            )
         config = PredictConfig(model=path, **options)
         return cls(config, replace(world_from_env(config.device), rank=0, size=1))
 
@@ -85,6 +98,8 @@ class Predictor:
             raise InputError(f"{len(questions)} questions, but {len(contexts)} contexts.")
         for name, texts in (("question", questions), ("context", contexts)):
             if name == "question" or not self.text:
+                if broken := [i for i, text in enumerate(texts) if not is_unicode(text)]:
+                    raise InputError(f"the {name} number {broken[0]} has half of a character (a surrogate).")
                 if empty := [i for i, text in enumerate(texts) if not text.strip()]:
                     raise InputError(f"the {name} is empty" + ("." if one else f" (number {empty[0]})."))
         examples = [Example(str(i), *pair) for i, pair in enumerate(zip(questions, contexts, strict=True))]
@@ -102,7 +117,14 @@ class Predictor:
         encoded_chunks = in_chunks(job, flat, processes, quiet=True)
         for chunk, (_, encoded) in zip(chunks, encoded_chunks, strict=True):
             answers = self._answer(self.task, self.model, encoded, self._examples(chunk), self.settings)
-            yield from zip(chunk, answers or (), strict=False)
+            yield from zip(chunk, map(self._shortened, answers or ()), strict=False)
+
+    def _shortened(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer with --num_best candidates, and "no answer"."""
+        if "nbest" not in answer:
+            return answer
+        with_text = [entry for entry in answer["nbest"] if entry["text"]][self.config.num_best :]
+        return {**answer, "nbest": [entry for entry in answer["nbest"] if entry not in with_text]}
 
     def read(self, files: list[str]) -> Any:
         """The questions of these files; answers are not needed. Raises InputError."""
@@ -158,6 +180,14 @@ class Predictor:
         if not self._causalqa:
             return as_text(example, self.task.options)
         return replace(as_text(example, replace(self.task.options, format="unifiedqa")), is_squad=False)
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _chunked(examples: Iterable[Any]) -> Iterator[list[Any]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from plainloop.data.store import digest
 from plainloop.trainer.config.parse import flatten
 from plainloop.trainer.run_folder.files import sha256
 
@@ -20,10 +21,15 @@ def provenance(command: str, config: Any, model: str, data: Iterable[str]) -> di
     return {
         "command": command_line(command, config),
         "weights": weights_of(Path(model)),
-        "data": {str(Path(file).resolve()): sha256(Path(file)) for file in data if Path(file).is_file()},
+        "data": {str(Path(file).resolve()): _digest(Path(file)) for file in data},
         "versions": versions(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file; of a folder, a digest of its files."""
+    return digest(path) if path.is_dir() else sha256(path)
 
 
 def command_line(command: str, config: Any) -> str:

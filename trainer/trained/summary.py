@@ -5,6 +5,8 @@ Runs that differ in more than the seed are grouped by what differs, the best gro
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -14,10 +16,13 @@ from typing import Any
 import yaml
 
 from plainloop.data.errors import InputError
+from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.config.parse import flatten
+from plainloop.trainer.config.validate import FREE_ON_RESUME
+from plainloop.trainer.run_folder.status import read_status
 
 NOT_METRICS = ("total", "thresh", "step")  # name suffixes: a mean of sizes or thresholds makes no sense
-NOT_COMPARED = {"run_dir", "seed", "data.cache_dir", "timeout_s", "start_timeout_s"}
+NOT_COMPARED = (FREE_ON_RESUME | {"seed", "precision"}) - {"evaluation", "data.train", "data.dev"}
 Figures = dict[str, float]
 
 
@@ -44,12 +49,25 @@ def summary(paths: list[str]) -> str:
         mean = statistics.fmean(found[path][metric] for path in groups[label])
         return mean if metric.endswith("loss") else -mean
 
-    width = max(map(len, [*found, "standard deviation"]))
-    lines = [" " * width + "  " + "  ".join(f"{name:>12}" for name in names)]
+    titles = {path: path + note_on(Path(path)) for path in paths}
+    width = max(map(len, [*titles.values(), "standard deviation"]))
+    headers = [f"{name}*" if name.startswith("best_") else name for name in names]
+    lines = [" " * width + "  " + "  ".join(f"{name:>12}" for name in headers)]
     for label in sorted(groups, key=rank):
         lines += [f"{label}:"] if len(groups) > 1 else []
-        lines += table({path: found[path] for path in groups[label]}, names, width)
+        lines += table({titles[path]: found[path] for path in groups[label]}, names, width)
+    if headers != names:
+        lines.append("* the threshold is the best one for the data that the figure is measured on")
     return "\n".join(lines)
+
+
+def note_on(path: Path) -> str:
+    """What to mind about a run, for its line."""
+    origin = _read(path / "provenance.json") if (path / "provenance.json").is_file() else {}
+    if str(origin.get("tuned_on_this_data")).startswith("all figures"):
+        return " (tuned on this data)"
+    status = read_status(path).get("status", "completed")
+    return "" if status == "completed" else f" ({status})"
 
 
 def table(found: dict[str, Figures], names: list[str], width: int) -> list[str]:
@@ -69,17 +87,22 @@ def table(found: dict[str, Figures], names: list[str], width: int) -> list[str]:
 
 def labels(options: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Path -> the options in which the runs differ, but for the seed, with this run's values."""
-    every = list(options.values())
-    names = list(dict.fromkeys(name for values in every for name in values if name not in NOT_COMPARED))
+    if not all(options.values()):  # of some, nothing is known
+        return dict.fromkeys(options, "")
+    default = flatten(dataclasses.asdict(TrainConfig()))
+    every = [default | values for values in options.values()]
+    options = dict(zip(options, every, strict=True))
+    names = [n for n in dict.fromkeys(itertools.chain(*every)) if not {n, n.partition(".")[0]} & NOT_COMPARED]
     differ = [n for n in names if any(values.get(n) != every[0].get(n) for values in every)]
     return {path: ", ".join(f"{n} {values.get(n)}" for n in differ) for path, values in options.items()}
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options of a run folder, by dotted name; {} for other folders."""
+    """The options of a run, or of the run that was scored, by dotted name; {} if they are not known."""
     file = path / "config.yaml"
     if not file.is_file():
-        return {}
+        origin = _read(path / "provenance.json") if (path / "provenance.json").is_file() else {}
+        return dict(origin.get("options") or {})
     try:
         return flatten(dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
