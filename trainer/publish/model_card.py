@@ -82,7 +82,7 @@ def _data(run: TrainConfig, state: dict[str, Any]) -> str:
 
 def _recipe(trained: dict[str, Any]) -> dict[str, Any]:
     default = flatten(dataclasses.asdict(TrainConfig()))
-    left_out = ("run_dir", "data.cache_dir", "data.train", "data.dev")
+    left_out = ("run_dir", "data.cache_dir", "data.train", "data.dev", "model.path")  # said above, or private
     values = flatten(trained)
     return {n: plain(v) for n, v in values.items() if n not in left_out and v != default.get(n, v)}
 
