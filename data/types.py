@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # an error message should not require importing torch
@@ -27,7 +27,7 @@ class Example:
     question: str
     context: str
     answers: tuple[Answer, ...] = ()
-    title: str = ""
+    title: str = field(default="", compare=False)  # not every format has it
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def test_killed_and_continued_gives_the_same_file(trained: str, squad_file: Path
     examples = read_examples(squad_file)
     rows = [
         {"id": f"{n}-{e.id}", "question": e.question, "context": e.context}
-        for n in range(12)
+        for n in range(24)
         for e in examples
     ]
     data, out = tmp_path / "many.jsonl", tmp_path / "answers.jsonl"
