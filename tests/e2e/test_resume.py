@@ -4,6 +4,7 @@ optimizer state and logged losses.
 Dropout is on, batches are bucketed, and a log line averages over steps before and after the stop.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -136,6 +137,9 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(
         out = tmp_path / f"out{processes}"
         launch(processes, "evaluate", scoring | {"out_dir": out})
         outputs.append({f.name: json.loads(f.read_text()) for f in out.iterdir()})
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    for out in outputs:
+        assert out.pop("provenance.json")["weights"] == {"model.safetensors": weights}
     assert set(outputs[0]) == {"predictions.json", "null_odds.json", "nbest_predictions.json", "metrics.json"}
     assert len(outputs[0]["predictions.json"]) == 120
     for other in outputs[1:]:  # the losses are summed in another order
