@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict, "calibrate": _calibrate,
-        "export": _export, "push": _push, "track": _track, "sweep": _sweep, "fetch": _fetch,
+        "export": _export, "push": _push, "track": _track, "sweep": _sweep, "compare": _compare,
+        "fetch": _fetch,
         "doctor": _doctor, "demo": _demo,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -63,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in commands:
             raise InputError(f"unknown command '{arguments[0]}'; choose from {', '.join(commands)}.")
         return commands[arguments[0]](arguments[1:])
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (InputError, KeyboardInterrupt, RuntimeError, OSError, MemoryError) as error:
         message, code = explain(error)
         if code == UNKNOWN:
@@ -214,6 +218,17 @@ def _sweep(arguments: list[str]) -> int:
     from plainloop.trainer.config.sweep import SweepConfig, sweep
 
     print(sweep(_parse(SweepConfig, _words(arguments, "file"), "sweep")))
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from plainloop.trainer.config.report_options import CompareConfig
+
+    named = _as_list(_as_list(_words(arguments, "a", "b"), "--a"), "--b")
+    config = _parse(CompareConfig, named, "compare")
+    from plainloop.trainer.report.compare import compare
+
+    print(compare(config))
     return 0
 
 

@@ -184,6 +184,15 @@ def causalqa_scores(
     f-measure (the first on ties) gives precision, recall and f-measure. bootstrap: ROUGE-L as the median of
     1,000 bootstrap resamples with numpy seed 42, as the published code prints it.
     """
+    exact, f1, rouge = per_text(predictions, references)
+    scores = {"f1": sum(f1) / len(f1), "em": sum(exact) / len(exact)}
+    return scores | (_rouge_medians(rouge) if bootstrap else _rouge_means(rouge))
+
+
+def per_text(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[int], list[float], list[Any]]:
+    """Exact match, F1 and ROUGE-L (rouge_score's Score) of each CausalQA example."""
     from rouge_score import rouge_scorer
 
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
@@ -198,8 +207,7 @@ def causalqa_scores(
         rouge.append(
             max((scorer.score(gold, predicted)["rougeL"] for gold in normal), key=lambda s: s.fmeasure)
         )
-    scores = {"f1": sum(f1) / len(f1), "em": sum(exact) / len(exact)}
-    return scores | (_rouge_medians(rouge) if bootstrap else _rouge_means(rouge))
+    return exact, f1, rouge
 
 
 def _rouge_means(scores: Sequence[Any]) -> dict[str, float]:

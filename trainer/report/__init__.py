@@ -1,0 +1,1 @@
+"""Look at results: compare runs, show the errors of a model, look at data before training."""
