@@ -135,7 +135,7 @@ class Steps(Dataset[StepBatch]):
 
     def __getitem__(self, step: int) -> StepBatch:
         rows, lengths = self.sampler.batch(step), self.sampler.lengths
-        shares = self._split(rows)
+        shares = self.split(rows)
         micro_batches = [self.collate(share) for share in shares[self.rank]] or [self._empty(rows)]
         return StepBatch(
             micro_batches,
@@ -165,7 +165,8 @@ class Steps(Dataset[StepBatch]):
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         return to_micro_batches(rows, self.sampler.lengths, max_tokens=self.max_tokens, widths=self.widths)
 
-    def _split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
+    def split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
+        """The micro-batches of each rank for a global batch."""
         return shard_step(
             rows,
             self.sampler.lengths,
@@ -190,7 +191,7 @@ class Steps(Dataset[StepBatch]):
 
     @functools.cached_property
     def _padded_tokens_of_epoch(self) -> int:
-        shares = itertools.chain.from_iterable(map(self._split, self.sampler.epoch_batches(0)))
+        shares = itertools.chain.from_iterable(map(self.split, self.sampler.epoch_batches(0)))
         return padded_tokens(itertools.chain.from_iterable(shares), self.sampler.lengths, self.widths)
 
     def _empty(self, rows: np.ndarray) -> MicroBatch:

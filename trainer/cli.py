@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict, "calibrate": _calibrate,
         "export": _export, "push": _push, "track": _track, "sweep": _sweep, "compare": _compare,
+        "replay": _replay,
         "fetch": _fetch,
         "doctor": _doctor, "demo": _demo,
     }  # fmt: skip
@@ -229,6 +230,17 @@ def _compare(arguments: list[str]) -> int:
     from plainloop.trainer.report.compare import compare
 
     print(compare(config))
+    return 0
+
+
+def _replay(arguments: list[str]) -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from plainloop.trainer.config.report_options import ReplayConfig
+
+    config = _parse(ReplayConfig, _words(arguments, "run"), "replay")
+    from plainloop.trainer.commands.replay import replay
+
+    print(replay(config))
     return 0
 
 

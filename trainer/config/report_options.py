@@ -81,7 +81,8 @@ class ReplayConfig:
         "also recompute the loss of each row: load the last checkpoint before the step, and train up to it",
     )
     around: int = option(0, "also print the log lines of this many steps before and after", minimum=0)
-    chars: int = option(300, "characters of each context to print; 0: all", minimum=0)
+    chars: int = option(300, "characters of each row's input to print; 0: all", minimum=0)
+    task: str | None = option(None, "a task of your own must be named here: its code is run")
     json: bool = option(False, "print JSON instead of text")
     device: Literal["auto", "cuda", "cpu"] = option("auto", "with --losses: device to run the model on")
 
