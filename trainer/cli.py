@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict, "calibrate": _calibrate,
         "export": _export, "push": _push, "track": _track, "sweep": _sweep, "compare": _compare,
-        "replay": _replay,
+        "replay": _replay, "data": _data,
         "fetch": _fetch,
         "doctor": _doctor, "demo": _demo,
     }  # fmt: skip
@@ -242,6 +242,18 @@ def _replay(arguments: list[str]) -> int:
 
     print(replay(config))
     return 0
+
+
+def _data(arguments: list[str]) -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from plainloop.trainer.config.report_options import DataConfig
+
+    config = _parse(DataConfig, _words(arguments, "train", "dev"), "data")
+    from plainloop.trainer.report.dataset import data_report
+
+    text, code = data_report(config)
+    print(text)
+    return code
 
 
 def _fetch(arguments: list[str]) -> int:

@@ -87,7 +87,7 @@ def read_questions(data: str | Sequence[str] | None, columns: Mapping[str, str],
     files = data_files(data, "valid", text)
     if is_causalqa(files[0]):
         rows = read_text(files, text)
-        return Questions(files, [_as_example(r) for r in rows], True)
+        return Questions(files, [as_example(r) for r in rows], True)
     columns = columns or options.get("data.columns") or {}
     require_use(columns, files, "--columns")
     read = Examples(files, ReadOptions(columns, locate=False))
@@ -212,7 +212,7 @@ def scored(one: Results, questions: Questions, rules: Rules) -> Results:
     return dataclasses.replace(one, scores=scores)
 
 
-def _as_example(row: Any) -> Example:
+def as_example(row: Any) -> Example:
     question = row.question.removesuffix(SEPARATOR)
     answers = tuple(Answer(text, row.context.find(text) if text else -1) for text in row.references)
     return Example(row.id, question, row.context, answers)
