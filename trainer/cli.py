@@ -27,6 +27,10 @@ Fine-tune question-answering models with a training loop you can read in one sit
   evaluate   score a checkpoint or a predictions file with the official SQuAD metrics or those of CausalQA
   predict    answer questions with a trained model   (plainloop predict --model runs/squad)
   calibrate  fit when it should say "no answer", and how probable its answers are
+  report     one page about runs: curves, figures, and every question with its answer  (plainloop report RUN)
+  compare    is the difference between two runs more than noise?   (plainloop compare A B)
+  replay     the rows that a training step saw, and their losses   (plainloop replay RUN --step 812 --losses)
+  data       look at data before training: lengths, duplicates, leaks   (plainloop data TRAIN DEV)
   export     write a trained model into a folder, with a model card   (plainloop export runs/squad --out DIR)
   push       upload an exported folder to the Hugging Face Hub   (plainloop push DIR user/name)
   track      copy the curves of runs to a tracker   (plainloop track runs/* --to tensorboard)
@@ -48,9 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict, "calibrate": _calibrate,
-        "export": _export, "push": _push, "track": _track, "sweep": _sweep, "compare": _compare,
-        "replay": _replay, "data": _data,
-        "fetch": _fetch,
+        "report": _report, "compare": _compare, "replay": _replay, "data": _data,
+        "export": _export, "push": _push, "track": _track, "sweep": _sweep, "fetch": _fetch,
         "doctor": _doctor, "demo": _demo,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -230,6 +233,18 @@ def _compare(arguments: list[str]) -> int:
     from plainloop.trainer.report.compare import compare
 
     print(compare(config))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from plainloop.trainer.config.report_options import ReportConfig
+
+    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    given = ["--runs", json.dumps(runs)] if runs else []
+    config = _parse(ReportConfig, [*given, *_as_list(arguments[len(runs) :], "--scores")], "report")
+    from plainloop.trainer.report.report import report
+
+    report(config)
     return 0
 
 

@@ -163,16 +163,30 @@ def _best(
 def _average_precision(
     ids: Sequence[str], answerable: Mapping[str, bool], raw: dict[str, float], score_diff: Mapping[str, float]
 ) -> float:
-    """Area under the curve of precision over recall, as a sum of steps; questions with equal score_diff are
-    answered together. A partly right answer counts as its score in both.
+    """Area under the curve of precision over recall, as a sum of steps."""
+    recall, area = 0.0, 0.0
+    for next_recall, precision in precision_recall(ids, answerable, raw, score_diff):
+        area += precision * (next_recall - recall)
+        recall = next_recall
+    return 100.0 * area
+
+
+def precision_recall(
+    ids: Sequence[str],
+    answerable: Mapping[str, bool],
+    raw: Mapping[str, float],
+    score_diff: Mapping[str, float],
+) -> list[tuple[float, float]]:
+    """(recall, precision), each 0 to 1, at every threshold on score_diff; ids: sorted by it. Questions with
+    equal score_diff are answered together. A partly right answer counts as its score in both.
     """
-    total, correct, recall, area = sum(answerable.values()), 0.0, 0.0, 0.0
+    total, correct = sum(answerable.values()), 0.0
+    points = []
     for count, i in enumerate(ids, start=1):
         correct += raw[i] if answerable[i] else 0
         if count == len(ids) or score_diff[i] != score_diff[ids[count]]:
-            area += correct / count * (correct / total - recall)
-            recall = correct / total
-    return 100.0 * area
+            points.append((correct / total, correct / count))
+    return points
 
 
 def causalqa_scores(

@@ -1,0 +1,359 @@
+// The error browser. Text from the data only ever becomes text nodes and attributes, never markup.
+(() => {
+  const source = document.getElementById("data");
+  const place = document.getElementById("browser");
+  if (!source || !place) {
+    document.documentElement.dataset.ready = "true";
+    return;
+  }
+  const data = JSON.parse(source.textContent);
+  source.remove();
+  const runs = data.runs;
+  const total = data.id.length;
+  const ROW = 64; // height of a row in pixels: 4rem in the style sheet
+  const LONG = 6000; // a longer context is shown in part
+  const AROUND = 1500; // characters of it before and after the marks
+
+  function make(tag, attributes, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes || {})) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  }
+
+  const letter = (run) => String.fromCharCode(65 + run);
+  const title = (run) => (runs.length > 1 ? `${letter(run)}: ${runs[run].name}` : runs[run].name);
+  const outcome = (run, i) => data.outcomes[runs[run].outcome[i]];
+  const isRight = (run, i) => runs[run].outcome[i] === 0;
+  const f1 = data.figures.indexOf("f1");
+
+  function confidence(run, i) {
+    const of = runs[run];
+    if (of.p) return of.p[i] ?? 0;
+    return of.odds ? Math.abs(of.odds[i] ?? 0) : 0;
+  }
+
+  // How much the runs differ on a question; a difference in being right counts most.
+  function disagreement(i) {
+    const right = runs.map((_, run) => (isRight(run, i) ? 1 : 0));
+    const scores = runs.map((of) => of.scores[f1][i]);
+    const texts = new Set(runs.map((of) => of.text[i])).size > 1 ? 1 : 0;
+    const top = Math.max(...scores.map(Math.abs), 1);
+    const spread = (Math.max(...scores) - Math.min(...scores)) / top;
+    return 4 * (Math.max(...right) - Math.min(...right)) + 2 * spread + texts;
+  }
+
+  // Sorting: name -> the key of a question, highest first. `run` is the chosen one.
+  const orders = {
+    "surest mistakes first": (i, run) => (isRight(run, i) ? -1e9 - confidence(run, i) : confidence(run, i)),
+    "surest first": (i, run) => confidence(run, i),
+    "least sure first": (i, run) => -confidence(run, i),
+    "order of the file": (i) => -i,
+  };
+  if (runs.length > 1) orders["disagreements first"] = (i) => disagreement(i);
+
+  // ---- The form.
+  let shown = [];
+  let active = -1; // a place in `shown`
+  const controls = {};
+  const form = make("form", { class: "filters", "aria-label": "Filter the questions" });
+  form.addEventListener("submit", (event) => event.preventDefault());
+
+  function control(name, input) {
+    controls[name] = input;
+    form.append(make("label", {}, name, input));
+  }
+
+  function choice(name, options) {
+    const select = make("select", {});
+    for (const [value, text] of options) select.append(make("option", { value }, text));
+    select.addEventListener("change", refresh);
+    control(name, select);
+    return select;
+  }
+
+  function counted(names, of) {
+    const counts = names.map(() => 0);
+    for (const value of of) counts[value] += 1;
+    const used = names.map((name, value) => [String(value), `${name} (${counts[value]})`]);
+    return [["", "all"], ...used.filter((_, value) => counts[value] > 0)];
+  }
+
+  const search = make("input", { type: "search", autocomplete: "off", spellcheck: "false" });
+  let waiting = 0;
+  search.addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(refresh, 120);
+  });
+  control("search", search);
+  if (runs.length > 1) {
+    const options = runs.map((_, run) => [String(run), title(run)]);
+    choice("outcome of", options).addEventListener("change", recount);
+  }
+  choice("outcome", counted(data.outcomes, runs[0].outcome));
+  for (const [name, filter] of Object.entries(data.filters)) choice(name, counted(filter.names, filter.of));
+  const names = Object.keys(orders);
+  choice(
+    "sort",
+    names.map((name) => [name, name]),
+  );
+  controls.sort.value = runs.length > 1 ? "disagreements first" : "surest mistakes first";
+
+  const chosenRun = () => Number(controls["outcome of"]?.value ?? 0);
+
+  function recount() {
+    const kept = controls.outcome.value;
+    const options = counted(data.outcomes, runs[chosenRun()].outcome);
+    controls.outcome.replaceChildren(...options.map(([value, text]) => make("option", { value }, text)));
+    controls.outcome.value = options.some(([value]) => value === kept) ? kept : "";
+    refresh();
+  }
+
+  // ---- Choosing the questions.
+  const lower = new Map();
+  function lowered(key, texts) {
+    if (!lower.has(key))
+      lower.set(
+        key,
+        texts.map((text) => text.toLowerCase()),
+      );
+    return lower.get(key);
+  }
+
+  function matches(query) {
+    const inContext = lowered("context", data.contexts).map((text) => text.includes(query));
+    const questions = lowered("question", data.question);
+    const golds = lowered(
+      "gold",
+      data.gold.map((of) => of.map(([text]) => text).join("\n")),
+    );
+    const texts = runs.map((of, run) => lowered(`run ${run}`, of.text));
+    const ids = lowered("id", data.id);
+    return (i) =>
+      inContext[data.context[i]] ||
+      questions[i].includes(query) ||
+      golds[i].includes(query) ||
+      ids[i].includes(query) ||
+      texts.some((of) => of[i].includes(query));
+  }
+
+  function refresh() {
+    const run = chosenRun();
+    const current = shown[active];
+    const query = search.value.trim().toLowerCase();
+    const tests = [];
+    if (query) tests.push(matches(query));
+    const wanted = controls.outcome.value;
+    if (wanted) tests.push((i) => runs[run].outcome[i] === Number(wanted));
+    for (const [name, filter] of Object.entries(data.filters)) {
+      const value = controls[name].value;
+      if (value) tests.push((i) => filter.of[i] === Number(value));
+    }
+    shown = [];
+    for (let i = 0; i < total; i += 1) if (tests.every((test) => test(i))) shown.push(i);
+    const order = orders[controls.sort.value];
+    const keys = new Map(shown.map((i) => [i, order(i, run)]));
+    shown.sort((left, right) => keys.get(right) - keys.get(left) || left - right);
+    const count = shown.length.toLocaleString("en");
+    status.textContent = `${count} of ${total.toLocaleString("en")} questions`;
+    spacer.style.height = `${shown.length * ROW}px`;
+    const again = current === undefined ? -1 : shown.indexOf(current);
+    select(again >= 0 ? again : shown.length ? 0 : -1, again < 0);
+  }
+
+  // ---- The list: only the rows in sight exist.
+  const status = make("p", { role: "status", class: "note" });
+  const spacer = make("div", { role: "presentation" });
+  const list = make(
+    "div",
+    { class: "list", role: "listbox", tabindex: "0", "aria-label": "Questions" },
+    spacer,
+  );
+  const detail = make("article", { class: "detail", tabindex: "0", "aria-label": "The chosen question" });
+  let drawn = false;
+
+  function draw() {
+    drawn = false;
+    const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 5);
+    const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 5);
+    const rows = [];
+    for (let at = first; at < last; at += 1) rows.push(row(at));
+    spacer.replaceChildren(...rows);
+    if (active >= first && active < last) list.setAttribute("aria-activedescendant", `row-${active}`);
+    else list.removeAttribute("aria-activedescendant");
+  }
+
+  function drawSoon() {
+    if (!drawn) requestAnimationFrame(draw);
+    drawn = true;
+  }
+
+  function row(at) {
+    const i = shown[at];
+    const parts = runs.map((of, run) => {
+      const which = runs.length > 1 ? `${letter(run)} ` : "";
+      return `${which}${outcome(run, i)}: ${of.text[i].slice(0, 80) || "(empty)"}`;
+    });
+    const made = make(
+      "div",
+      {
+        class: "row",
+        role: "option",
+        id: `row-${at}`,
+        "aria-selected": String(at === active),
+        "aria-setsize": String(shown.length),
+        "aria-posinset": String(at + 1),
+      },
+      make("div", { dir: "auto" }, data.question[i].slice(0, 200)),
+      make("div", { class: "note", dir: "auto" }, parts.join(" · ")),
+    );
+    made.style.top = `${at * ROW}px`;
+    made.addEventListener("click", () => select(at, false));
+    return made;
+  }
+
+  function select(at, scrollToTop) {
+    active = at;
+    if (scrollToTop) list.scrollTop = 0;
+    const top = at * ROW;
+    if (top < list.scrollTop) list.scrollTop = top;
+    else if (top + ROW > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW - list.clientHeight;
+    draw();
+    describe(shown[at]);
+  }
+
+  list.addEventListener("scroll", drawSoon, { passive: true });
+  window.addEventListener("resize", drawSoon);
+  list.addEventListener("keydown", (event) => {
+    const page = Math.max(1, Math.floor(list.clientHeight / ROW) - 1);
+    const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -total, End: total };
+    if (event.key === "Enter") detail.focus();
+    if (!(event.key in moves) || !shown.length) return;
+    event.preventDefault();
+    select(Math.min(shown.length - 1, Math.max(0, active + moves[event.key])), false);
+  });
+
+  // ---- One question.
+  function describe(i) {
+    detail.replaceChildren();
+    if (i === undefined) {
+      detail.append(make("p", {}, "No question fits these filters."));
+      return;
+    }
+    const context = data.contexts[data.context[i]];
+    const golds = data.gold[i];
+    const goldTexts = [...new Set(golds.map(([text]) => text))];
+    const previous = make("button", { type: "button" }, "Previous");
+    const next = make("button", { type: "button" }, "Next");
+    previous.addEventListener("click", () => select(Math.max(0, active - 1), false));
+    next.addEventListener("click", () => select(Math.min(shown.length - 1, active + 1), false));
+    detail.append(
+      make("h3", { class: "text", dir: "auto" }, data.question[i]),
+      make("p", { class: "note" }, data.id[i]),
+      make("p", {}, previous, " ", next),
+      make("h3", {}, "Gold answers"),
+      make(
+        "p",
+        { class: "text", dir: "auto" },
+        goldTexts.join(" · ") || "none: the context does not answer it",
+      ),
+      make("div", { class: "runs" }, ...runs.map((_, run) => answerOf(run, i))),
+    );
+    if (!context) return;
+    const spans = golds.map(([text, start]) => [start, text.length, "gold"]);
+    for (const of of runs)
+      if (of.text[i]) spans.push([found(context, of.text[i], of.start[i]), of.text[i].length, "answer"]);
+    const heading = make(
+      "h3",
+      {},
+      "Context: ",
+      make("mark", { class: "gold" }, "gold"),
+      ", ",
+      make("mark", { class: "answer" }, "predicted"),
+    );
+    const body = make("div", { class: "text", dir: "auto" });
+    detail.append(heading, body);
+    fill(
+      body,
+      context,
+      spans.filter(([start]) => start >= 0),
+      context.length > LONG,
+    );
+  }
+
+  const found = (context, text, start) => (start >= 0 ? start : context.indexOf(text));
+  const number = (value, digits) =>
+    value === null || value === undefined ? "unknown" : value.toFixed(digits);
+
+  function answerOf(run, i) {
+    const of = runs[run];
+    const facts = data.figures.map((name, at) => `${name} ${number(of.scores[at][i], 2)}`);
+    if (of.p) facts.push(`probability ${number(of.p[i], 3)}`);
+    if (of.odds) facts.push(`null odds ${number(of.odds[i], 2)}`);
+    const part = make(
+      "div",
+      {},
+      make("h3", {}, title(run)),
+      make("p", { class: "text", dir: "auto" }, of.text[i] || "(empty: no answer)"),
+      make("p", { class: "note" }, `${outcome(run, i)}; ${facts.join(", ")}`),
+    );
+    if (of.nbest?.[i].length) {
+      const rows = of.nbest[i].map(([text, p, score]) =>
+        make(
+          "tr",
+          {},
+          make("td", { dir: "auto" }, text || "(empty)"),
+          make("td", {}, number(p, 3)),
+          make("td", {}, number(score, 2)),
+        ),
+      );
+      const head = make(
+        "tr",
+        {},
+        ...["candidate", "probability", "score"].map((name) => make("th", { scope: "col" }, name)),
+      );
+      part.append(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+    }
+    return part;
+  }
+
+  // The context with its marks; marks may overlap. A long context is cut around them.
+  function fill(body, context, spans, cut) {
+    let from = 0;
+    let to = context.length;
+    if (cut) {
+      const starts = spans.map(([start]) => start);
+      const ends = spans.map(([start, size]) => start + size);
+      const first = Math.min(...starts, context.length);
+      from = whole(context, Math.max(0, (spans.length ? first : 0) - AROUND));
+      to = whole(context, Math.min(context.length, from + LONG, Math.max(...ends, from) + AROUND));
+    }
+    const edges = new Set([from, to]);
+    for (const [start, size] of spans)
+      for (const edge of [start, start + size]) if (edge > from && edge < to) edges.add(edge);
+    const sorted = [...edges].sort((left, right) => left - right);
+    const parts = [];
+    for (let at = 0; at + 1 < sorted.length; at += 1) {
+      const [start, end] = [sorted[at], sorted[at + 1]];
+      const names = new Set(
+        spans.filter(([s, size]) => s <= start && s + size >= end).map(([, , name]) => name),
+      );
+      const text = context.slice(start, end);
+      parts.push(names.size ? make("mark", { class: [...names].join(" ") }, text) : text);
+    }
+    body.replaceChildren(...parts);
+    if (!cut) return;
+    const size = context.length.toLocaleString("en");
+    const more = make("button", { type: "button" }, `Show all ${size} characters`);
+    more.addEventListener("click", () => fill(body, context, spans, false));
+    body.prepend(from ? "… " : "");
+    body.append(to < context.length ? " … " : "", make("p", {}, more));
+  }
+
+  // Not between the two halves of a character.
+  const whole = (text, at) => (at > 0 && /[\udc00-\udfff]/.test(text[at] ?? "") ? at - 1 : at);
+
+  place.replaceChildren(form, status, make("div", { class: "panes" }, list, detail));
+  refresh();
+  document.documentElement.dataset.ready = "true";
+})();
