@@ -107,7 +107,9 @@ def threshold_figure(found: Sequence[Thresholds]) -> Any:
             of = np.clip(finite[one.answerable[np.isfinite(one.odds)] == has], low, high)
             if len(of):
                 weights = np.full(len(of), 100 / len(of))
-                histogram.hist(of, 40, (low, high), weights=weights, color=colour, alpha=0.5, label=name)
+                histogram.hist(
+                    of, 40, range=(low, high), weights=weights, color=colour, alpha=0.5, label=name
+                )
         histogram.set(xlabel="null odds: score of no answer - best", ylabel="% of the questions of a kind")
         histogram.set_title("how sure that there is no answer")
         for number, (name, values) in enumerate(one.mean.items()):

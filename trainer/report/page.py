@@ -43,11 +43,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> M
         element("thead", element("tr", *(element("th", name, scope="col") for name in head))),
         element("tbody", *body),
     )
-    return element("div", content, class_="scroll", role="region", aria_label=caption, tabindex="0")
+    return _scrolling(content, caption)
 
 
-def figure(svg: str, caption: str) -> Markup:
-    return element("figure", Markup(svg), element("figcaption", caption))
+def figure(svg: str, name: str, caption: str) -> Markup:
+    """name: short, for a screen reader at the part that scrolls on a small screen."""
+    return element("figure", _scrolling(Markup(svg), name), element("figcaption", caption))
+
+
+def _scrolling(content: Markup, name: str) -> Markup:
+    return element("div", content, class_="scroll", role="group", aria_label=name, tabindex="0")
 
 
 def section(name: str, title: str, *content: str) -> tuple[str, str, Markup]:

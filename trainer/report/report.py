@@ -48,9 +48,7 @@ def report(config: ReportConfig) -> None:
     pyplot()
     png = Path(config.png) if config.png else None
     runs, scores = read_runs(config.runs), config.scores or config.runs
-    sections = [_options(runs, scores, config)] if runs or not config.scores else []
-    if runs:
-        sections.append(_training(runs, png))
+    sections: list[Section] = []
     data = None
     if any(_has_answers(path) for path in scores):
         questions = read_questions(config.data, config.columns, scores[0])
@@ -64,8 +62,15 @@ def report(config: ReportConfig) -> None:
         data = browser_data(all_of, questions)
         hint = element("p", "This part needs JavaScript.")
         sections.append(section("questions", "Questions", element("div", hint, id="browser")))
+    elif not runs:
+        raise InputError(
+            f"{scores[0]}: neither a run folder, nor a folder of evaluate --out_dir, nor a predictions file."
+        )
     else:
         say(f"note: {scores[0]} has no predictions yet: the page has curves only")
+    if runs:
+        sections.append(_training(runs, png))
+    sections.append(_options(runs, scores))
     title = f"plainloop: {', '.join(Path(run).name or run for run in config.runs)}"
     write(config.out, page(title, sections, data))
     say(f"{config.out}: {Path(config.out).stat().st_size / 1e6:.1f} MB")
@@ -81,7 +86,7 @@ def _has_answers(path: str) -> bool:
     )
 
 
-def _options(runs: Sequence[Run], scores: Sequence[str], config: ReportConfig) -> Section:
+def _options(runs: Sequence[Run], scores: Sequence[str]) -> Section:
     """What was trained, on what, where; and the options that differ from the defaults."""
     default = flatten(dataclasses.asdict(TrainConfig()))
     parts: list[str] = []
@@ -89,7 +94,7 @@ def _options(runs: Sequence[Run], scores: Sequence[str], config: ReportConfig) -
         about = {run.name: _about(run) for run in runs}
         names = dict.fromkeys(name for of in about.values() for name in of)
         rows = [[name, *(of.get(name, "") for of in about.values())] for name in names]
-        parts.append(table(["", *about], rows, "The runs"))
+        parts.append(table(["run", *about], rows, "The runs"))
         names = dict.fromkeys(n for run in runs for n, v in run.options.items() if v != default.get(n))
         rows = [[name, *(str(run.options.get(name, default.get(name))) for run in runs)] for name in names]
         parts.append(table(["option", *about], rows, "Options that differ from the defaults"))
@@ -99,7 +104,7 @@ def _options(runs: Sequence[Run], scores: Sequence[str], config: ReportConfig) -
 
             origin = flatten(read_json(Path(path) / "provenance.json"))
             rows = [[name, str(value)] for name, value in origin.items() if not name.startswith("options.")]
-            parts.append(table(["", ""], rows, f"Where the figures of {path} come from"))
+            parts.append(table(["what", "value"], rows, f"Where the figures of {path} come from"))
     return section("options", "Options and provenance", *parts)
 
 
@@ -132,12 +137,14 @@ def _training(runs: Sequence[Run], png: Path | None) -> Section:
         notes.append(element("p", f"{run.name}: {listed or 'no save yet'}.", class_="note"))
     parts = [
         figure(inline(training_figure(runs), "training", "Six curves over the steps of training.", png),
-               "Training. A gap is a loss of NaN or Inf."),
+               "Curves of training", "Training. A gap is a loss of NaN or Inf."),
         *notes,
     ]  # fmt: skip
     if (drawn := evaluation_figure(runs)) is not None:
         text = "The figures of each evaluation over the steps."
-        parts.append(figure(inline(drawn, "evaluations", text, png), "Evaluations during training."))
+        parts.append(
+            figure(inline(drawn, "evaluations", text, png), "Evaluations", "Evaluations during training.")
+        )
     return section("training", "Training", *parts)
 
 
@@ -158,7 +165,7 @@ def _evaluation(
             "Precision over recall, null odds of answerable and other questions, scores over the threshold."
         )
         parts.append(figure(
-            inline(figures.threshold_figure(curves), "thresholds", text, png),
+            inline(figures.threshold_figure(curves), "thresholds", text, png), "Thresholds",
             "As in the official script: all thresholds on the null odds. The dots are the best thresholds, "
             + TUNED + ".",
         ))  # fmt: skip
@@ -171,7 +178,7 @@ def _evaluation(
     if sure:
         text = "Share of right answers over their probability, and risk over coverage."
         parts.append(figure(
-            inline(figures.probability_figure(sure), "probabilities", text, png),
+            inline(figures.probability_figure(sure), "probabilities", text, png), "Probabilities",
             "The probability is that of the given answer among the candidates of the n-best list.",
         ))  # fmt: skip
     elif curves:
@@ -181,7 +188,7 @@ def _evaluation(
         ))  # fmt: skip
     text = "Each figure by answer length, question word and context length."
     parts.append(figure(
-        inline(figures.slice_figure(all_of, questions), "slices", text, png),
+        inline(figures.slice_figure(all_of, questions), "slices", text, png), "Slices",
         "In brackets: questions. Answer length in words of the first gold answer, context in characters.",
     ))  # fmt: skip
     return [*found, section("plots", "Where it is right", *parts)]
@@ -258,13 +265,15 @@ def data_page(found: Mapping[str, Any], path: str) -> None:
             parts.append(element("p", f"train would refuse it: {of['faults']}", class_="text"))
         else:
             counts = [[k, f"{v:,}"] for k, v in of.items() if isinstance(v, (int, float))]
-            parts.append(table(["", ""], counts, "Counts"))
+            parts.append(table(["what", "number"], counts, "Counts"))
             sizes = {f"{name}s": size for name, size in of["lengths"].items()}
             if "rows" in of:
                 sizes |= {f"rows of {of['rows']['model']}": of["rows"]["length"]}
             drawn = figures.length_figure(sizes)
             parts.append(
-                figure(inline(drawn, f"lengths-{split}", "Histograms of lengths.", None), "Lengths.")
+                figure(
+                    inline(drawn, f"lengths-{split}", "Histograms of lengths.", None), "Lengths", "Lengths."
+                )
             )
             notes = [*of.get("notes", []), *of.get("rows", {}).get("warnings", [])]
             parts += [element("p", f"Warning: {note}.") for note in notes]
