@@ -38,10 +38,11 @@ ALLOWED = {
     "trainer/trained": "data data/readers models trainer/checkpoint trainer/config trainer/distributed"
     " trainer/errors trainer/precision trainer/run_folder trainer/tasks",
     "trainer/publish": "data/readers models trainer/config trainer/errors trainer/run_folder trainer/trained",
-    "trainer/report": "data data/readers trainer/config trainer/errors trainer/tasks trainer/trained",
+    "trainer/report": "data data/readers models trainer/config trainer/run_folder trainer/tasks"
+    " trainer/trained",
     "trainer/commands": "data data/readers models trainer/checkpoint trainer/config trainer/distributed"
-    " trainer/errors trainer/hooks trainer/loop trainer/precision trainer/run trainer/run_folder"
-    " trainer/state trainer/tasks",
+    " trainer/errors trainer/hooks trainer/loop trainer/optim trainer/precision trainer/run"
+    " trainer/run_folder trainer/state trainer/tasks",
     "trainer/cli": "data trainer/commands trainer/config trainer/errors trainer/publish trainer/report"
     " trainer/run trainer/trained",
     "trainer/__main__": "trainer/cli",
@@ -58,7 +59,7 @@ def test_rooms_import_only_from_the_rooms_below() -> None:
 
 def test_few_rooms_few_arrows_and_no_cycle() -> None:
     graph = house.arrows()
-    assert len(graph) <= 21 and sum(map(len, graph.values())) <= 95
+    assert len(graph) <= 21 and sum(map(len, graph.values())) <= 97
     tuple(graphlib.TopologicalSorter(graph).static_order())
     modules = {house.module_name(path): path for path in house.FILES}
     imports = {name: house.imports_of(path) & modules.keys() - {name} for name, path in modules.items()}

@@ -133,6 +133,12 @@ def _words(arguments: list[str], *options: str) -> list[str]:
     return [*named, *arguments[len(given) :]]
 
 
+def _many_words(arguments: list[str], option: str) -> list[str]:
+    """Make a list of the words before the first option: `A B --to X` to `--runs ["A", "B"] --to X`."""
+    given = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    return [*([f"--{option}", json.dumps(given)] if given else []), *arguments[len(given) :]]
+
+
 def _as_list(arguments: list[str], option: str) -> list[str]:
     """Turn `--summary a b c`, as expanded by a shell glob, into the list that the option expects."""
     if option not in arguments:
@@ -209,9 +215,7 @@ def _push(arguments: list[str]) -> int:
 def _track(arguments: list[str]) -> int:
     from plainloop.trainer.config.trained_options import TrackConfig
 
-    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    given = ["--runs", json.dumps(runs)] if runs else []
-    config = _parse(TrackConfig, [*given, *arguments[len(runs) :]], "track")
+    config = _parse(TrackConfig, _many_words(arguments, "runs"), "track")
     from plainloop.trainer.publish.track import track
 
     track(config)
@@ -239,9 +243,7 @@ def _compare(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     from plainloop.trainer.config.report_options import ReportConfig
 
-    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    given = ["--runs", json.dumps(runs)] if runs else []
-    config = _parse(ReportConfig, [*given, *_as_list(arguments[len(runs) :], "--scores")], "report")
+    config = _parse(ReportConfig, _as_list(_many_words(arguments, "runs"), "--scores"), "report")
     from plainloop.trainer.report.report import report
 
     report(config)

@@ -162,7 +162,13 @@
   }
 
   // ---- The list: only the rows in sight exist.
-  const status = make("p", { role: "status", class: "note" });
+  const status = make("span", { role: "status" });
+  const steps = { Previous: -1, Next: 1 };
+  const buttons = Object.entries(steps).map(([name, by]) => {
+    const button = make("button", { type: "button" }, name);
+    button.addEventListener("click", () => move(by));
+    return button;
+  });
   const spacer = make("div", { role: "presentation" });
   const list = make(
     "div",
@@ -228,10 +234,14 @@
     const page = Math.max(1, Math.floor(list.clientHeight / ROW) - 1);
     const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -total, End: total };
     if (event.key === "Enter") detail.focus();
-    if (!(event.key in moves) || !shown.length) return;
+    if (!(event.key in moves)) return;
     event.preventDefault();
-    select(Math.min(shown.length - 1, Math.max(0, active + moves[event.key])), false);
+    move(moves[event.key]);
   });
+
+  function move(by) {
+    if (shown.length) select(Math.min(shown.length - 1, Math.max(0, active + by)), false);
+  }
 
   // ---- One question.
   function describe(i) {
@@ -243,14 +253,9 @@
     const context = data.contexts[data.context[i]];
     const golds = data.gold[i];
     const goldTexts = [...new Set(golds.map(([text]) => text))];
-    const previous = make("button", { type: "button" }, "Previous");
-    const next = make("button", { type: "button" }, "Next");
-    previous.addEventListener("click", () => select(Math.max(0, active - 1), false));
-    next.addEventListener("click", () => select(Math.min(shown.length - 1, active + 1), false));
     detail.append(
       make("h3", { class: "text", dir: "auto" }, data.question[i]),
       make("p", { class: "note" }, data.id[i]),
-      make("p", {}, previous, " ", next),
       make("h3", {}, "Gold answers"),
       make(
         "p",
@@ -259,29 +264,31 @@
       ),
       make("div", { class: "runs" }, ...runs.map((_, run) => answerOf(run, i))),
     );
-    if (!context) return;
-    const spans = golds.map(([text, start]) => [start, text.length, "gold"]);
-    for (const of of runs)
-      if (of.text[i]) spans.push([found(context, of.text[i], of.start[i]), of.text[i].length, "answer"]);
-    const heading = make(
-      "h3",
-      {},
-      "Context: ",
-      make("mark", { class: "gold" }, "gold"),
-      ", ",
-      make("mark", { class: "answer" }, "predicted"),
-    );
-    const body = make("div", { class: "text", dir: "auto" });
-    detail.append(heading, body);
-    fill(
-      body,
-      context,
-      spans.filter(([start]) => start >= 0),
-      context.length > LONG,
-    );
+    if (context) detail.append(...contextOf(i, context, golds));
+    const candidates = runs.flatMap((of, run) => (of.nbest?.[i].length ? [candidatesOf(run, i)] : []));
+    if (candidates.length) {
+      detail.append(make("h3", {}, "Candidates"), make("div", { class: "runs" }, ...candidates));
+    }
   }
 
-  const found = (context, text, start) => (start >= 0 ? start : context.indexOf(text));
+  // Each run's marks have a style of their own; see the style sheet.
+  const markOf = (run) => (run ? "answer other" : "answer");
+
+  function contextOf(i, context, golds) {
+    const spans = golds.map(([text, start]) => [start, text.length, "gold"]);
+    const legend = [make("mark", { class: "gold" }, "gold")];
+    runs.forEach((of, run) => {
+      const start = of.start[i] >= 0 ? of.start[i] : context.indexOf(of.text[i]);
+      if (of.text[i]) spans.push([start, of.text[i].length, markOf(run)]);
+      const name = runs.length > 1 ? `predicted by ${letter(run)}` : "predicted";
+      legend.push(", ", make("mark", { class: markOf(run) }, name));
+    });
+    const body = make("div", { class: "text", dir: "auto" });
+    const known = spans.filter(([start]) => start >= 0);
+    fill(body, context, known, context.length > LONG);
+    return [make("h3", {}, "Context: ", ...legend), body];
+  }
+
   const number = (value, digits) =>
     value === null || value === undefined ? "unknown" : value.toFixed(digits);
 
@@ -290,31 +297,28 @@
     const facts = data.figures.map((name, at) => `${name} ${number(of.scores[at][i], 2)}`);
     if (of.p) facts.push(`probability ${number(of.p[i], 3)}`);
     if (of.odds) facts.push(`null odds ${number(of.odds[i], 2)}`);
-    const part = make(
+    return make(
       "div",
       {},
       make("h3", {}, title(run)),
       make("p", { class: "text", dir: "auto" }, of.text[i] || "(empty: no answer)"),
       make("p", { class: "note" }, `${outcome(run, i)}; ${facts.join(", ")}`),
     );
-    if (of.nbest?.[i].length) {
-      const rows = of.nbest[i].map(([text, p, score]) =>
-        make(
-          "tr",
-          {},
-          make("td", { dir: "auto" }, text || "(empty)"),
-          make("td", {}, number(p, 3)),
-          make("td", {}, number(score, 2)),
-        ),
-      );
-      const head = make(
+  }
+
+  function candidatesOf(run, i) {
+    const rows = runs[run].nbest[i].map(([text, p, score]) =>
+      make(
         "tr",
         {},
-        ...["candidate", "probability", "score"].map((name) => make("th", { scope: "col" }, name)),
-      );
-      part.append(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
-    }
-    return part;
+        make("td", { dir: "auto" }, text || "(empty)"),
+        make("td", {}, number(p, 3)),
+        make("td", {}, number(score, 2)),
+      ),
+    );
+    const names = [runs.length > 1 ? `by ${letter(run)}` : "text", "probability", "score"];
+    const head = make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name)));
+    return make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows));
   }
 
   // The context with its marks; marks may overlap. A long context is cut around them.
@@ -353,7 +357,8 @@
   // Not between the two halves of a character.
   const whole = (text, at) => (at > 0 && /[\udc00-\udfff]/.test(text[at] ?? "") ? at - 1 : at);
 
-  place.replaceChildren(form, status, make("div", { class: "panes" }, list, detail));
+  const bar = make("p", { class: "bar" }, ...buttons, status);
+  place.replaceChildren(form, bar, make("div", { class: "panes" }, list, detail));
   refresh();
   document.documentElement.dataset.ready = "true";
 })();
