@@ -5,7 +5,6 @@ torch is imported only by the commands that need it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from plainloop.data.errors import InputError
+from plainloop.trainer.config.words import as_list, leading_words, words_to_options
 
 T = TypeVar("T")
 
@@ -124,38 +124,11 @@ def _train(arguments: list[str]) -> int:
     return 0 if verdict.name == "STOPPED" and quiet else verdict.value
 
 
-def _words(arguments: list[str], *options: str) -> list[str]:
-    """Make options of the words before the first option: `RUN --out DIR` to `--run RUN --out DIR`."""
-    given = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    if len(given) > len(options):
-        raise InputError(f"too many words before the options: {' '.join(given)}; see --help.")
-    named = [part for pair in zip(options, given, strict=False) for part in (f"--{pair[0]}", pair[1])]
-    return [*named, *arguments[len(given) :]]
-
-
-def _many_words(arguments: list[str], option: str) -> list[str]:
-    """Make a list of the words before the first option: `A B --to X` to `--runs ["A", "B"] --to X`."""
-    given = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    return [*([f"--{option}", json.dumps(given)] if given else []), *arguments[len(given) :]]
-
-
-def _as_list(arguments: list[str], option: str) -> list[str]:
-    """Turn `--summary a b c`, as expanded by a shell glob, into the list that the option expects."""
-    if option not in arguments:
-        return arguments
-    at = arguments.index(option) + 1
-    end = next((i for i in range(at, len(arguments)) if arguments[i].startswith("--")), len(arguments))
-    given = arguments[at:end]
-    if len(given) == 1 and given[0].startswith("["):
-        return arguments
-    return [*arguments[:at], json.dumps(given), *arguments[end:]]
-
-
 def _evaluate(arguments: list[str]) -> int:
     from plainloop.trainer.config.parse import parse
     from plainloop.trainer.config.trained_options import ScoreConfig
 
-    config = parse(ScoreConfig, _as_list(arguments, "--summary"), program="plainloop evaluate")
+    config = parse(ScoreConfig, as_list(arguments, "--summary"), program="plainloop evaluate")
     from plainloop.trainer.trained.evaluate import print_metrics, refuse_unused, score
 
     if config.summary is not None:
@@ -195,7 +168,7 @@ def _export(arguments: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from plainloop.trainer.config.trained_options import ExportConfig
 
-    config = _parse(ExportConfig, _words(arguments, "run"), "export")
+    config = _parse(ExportConfig, words_to_options(arguments, "run"), "export")
     from plainloop.trainer.publish.export import export
 
     export(config)
@@ -205,7 +178,7 @@ def _export(arguments: list[str]) -> int:
 def _push(arguments: list[str]) -> int:
     from plainloop.trainer.config.trained_options import PushConfig
 
-    config = _parse(PushConfig, _words(arguments, "folder", "repo"), "push")
+    config = _parse(PushConfig, words_to_options(arguments, "folder", "repo"), "push")
     from plainloop.trainer.publish.push import push
 
     print(push(config))
@@ -215,7 +188,7 @@ def _push(arguments: list[str]) -> int:
 def _track(arguments: list[str]) -> int:
     from plainloop.trainer.config.trained_options import TrackConfig
 
-    config = _parse(TrackConfig, _many_words(arguments, "runs"), "track")
+    config = _parse(TrackConfig, leading_words(arguments, "runs"), "track")
     from plainloop.trainer.publish.track import track
 
     track(config)
@@ -225,14 +198,14 @@ def _track(arguments: list[str]) -> int:
 def _sweep(arguments: list[str]) -> int:
     from plainloop.trainer.config.sweep import SweepConfig, sweep
 
-    print(sweep(_parse(SweepConfig, _words(arguments, "file"), "sweep")))
+    print(sweep(_parse(SweepConfig, words_to_options(arguments, "file"), "sweep")))
     return 0
 
 
 def _compare(arguments: list[str]) -> int:
     from plainloop.trainer.config.report_options import CompareConfig
 
-    named = _as_list(_as_list(_words(arguments, "a", "b"), "--a"), "--b")
+    named = as_list(as_list(words_to_options(arguments, "a", "b"), "--a"), "--b")
     config = _parse(CompareConfig, named, "compare")
     from plainloop.trainer.report.compare import compare
 
@@ -243,7 +216,7 @@ def _compare(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     from plainloop.trainer.config.report_options import ReportConfig
 
-    config = _parse(ReportConfig, _as_list(_many_words(arguments, "runs"), "--scores"), "report")
+    config = _parse(ReportConfig, as_list(leading_words(arguments, "runs"), "--scores"), "report")
     from plainloop.trainer.report.report import report
 
     report(config)
@@ -254,7 +227,7 @@ def _replay(arguments: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from plainloop.trainer.config.report_options import ReplayConfig
 
-    config = _parse(ReplayConfig, _words(arguments, "run"), "replay")
+    config = _parse(ReplayConfig, words_to_options(arguments, "run"), "replay")
     from plainloop.trainer.commands.replay import replay
 
     print(replay(config))
@@ -265,7 +238,7 @@ def _data(arguments: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from plainloop.trainer.config.report_options import DataConfig
 
-    config = _parse(DataConfig, _words(arguments, "train", "dev"), "data")
+    config = _parse(DataConfig, words_to_options(arguments, "train", "dev"), "data")
     from plainloop.trainer.report.dataset import data_report
 
     text, code = data_report(config)
