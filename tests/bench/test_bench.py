@@ -19,6 +19,7 @@ LAST = {
     "saving.py": r"medians of 1: synchronous [\d.]+ s",
     "hf_faults.py": r"exit \d",
     "tokenise.py": r"plainloop / datasets.map = \d",
+    "report.py": r"ready: ",
     "answers.py": r"ours auto / loop = \d",
 }
 
