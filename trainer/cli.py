@@ -236,9 +236,9 @@ def _replay(arguments: list[str]) -> int:
 
 def _data(arguments: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from plainloop.trainer.config.report_options import DataConfig
+    from plainloop.trainer.config.report_options import DatasetConfig
 
-    config = _parse(DataConfig, words_to_options(arguments, "train", "dev"), "data")
+    config = _parse(DatasetConfig, words_to_options(arguments, "train", "dev"), "data")
     from plainloop.trainer.report.dataset import data_report
 
     text, code = data_report(config)

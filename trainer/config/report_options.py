@@ -88,7 +88,7 @@ class ReplayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DatasetConfig:
     """Look at data before training: counts, lengths, cut answers, duplicates, and what train and dev share.
 
     Example:

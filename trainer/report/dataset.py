@@ -20,7 +20,7 @@ from plainloop.data.readers.examples import Examples, ReadOptions, require_use
 from plainloop.data.tokenise import in_chunks
 from plainloop.data.types import Example
 from plainloop.trainer.config.options import TrainConfig
-from plainloop.trainer.config.report_options import DataConfig
+from plainloop.trainer.config.report_options import DatasetConfig
 from plainloop.trainer.report.results import as_example
 from plainloop.trainer.tasks.normalize import normalize_answer
 
@@ -30,7 +30,7 @@ Content = dict[str, Any]
 _SPACE_OR_MARK = re.compile(r"[\W_]+")
 
 
-def look_at(config: DataConfig) -> tuple[Content, bool]:
+def look_at(config: DatasetConfig) -> tuple[Content, bool]:
     """All findings, JSON-serialisable, and whether `train` would read the data. Raises InputError."""
     if not config.train:
         raise InputError("data needs a file: plainloop data TRAIN [DEV]; see --help.")
@@ -44,7 +44,7 @@ def look_at(config: DataConfig) -> tuple[Content, bool]:
     return found, not any("faults" in of for of in found.values())
 
 
-def _split(split: str, path: str | Sequence[str], config: DataConfig) -> tuple[Content, list[Example]]:
+def _split(split: str, path: str | Sequence[str], config: DatasetConfig) -> tuple[Content, list[Example]]:
     """The findings about a split, and its examples."""
     files = data_files(path, {"train": "train", "dev": "valid"}[split], TextOptions())
     causalqa = is_causalqa(files[0])
@@ -204,7 +204,7 @@ def normalize(text: str) -> str:
     return _SPACE_OR_MARK.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
-def rows(source: Sequence[Any], config: DataConfig, split: str, causalqa: bool) -> Content:
+def rows(source: Sequence[Any], config: DatasetConfig, split: str, causalqa: bool) -> Content:
     """What the model will see: the rows that `train` makes, and the warnings that it gives about them."""
     from plainloop.models.load import load_config
     from plainloop.trainer.tasks.find import find_task
@@ -288,7 +288,7 @@ def _histogram(title: str, sizes: Content) -> list[str]:
     return [head, *bars]
 
 
-def data_report(config: DataConfig) -> tuple[str, int]:
+def data_report(config: DatasetConfig) -> tuple[str, int]:
     """The text or JSON to print, and the exit code: 2 if `train` would refuse the data."""
     found, good = look_at(config)
     if config.html:
