@@ -38,11 +38,10 @@ ALLOWED = {
     "trainer/trained": "data data/readers models trainer/checkpoint trainer/config trainer/distributed"
     " trainer/errors trainer/precision trainer/run_folder trainer/tasks",
     "trainer/publish": "data/readers models trainer/config trainer/errors trainer/run_folder trainer/trained",
-    "trainer/report": "data data/readers models trainer/config trainer/run_folder trainer/tasks"
-    " trainer/trained",
+    "trainer/report": "data data/readers trainer/config trainer/run_folder trainer/tasks trainer/trained",
     "trainer/commands": "data data/readers models trainer/checkpoint trainer/config trainer/distributed"
-    " trainer/errors trainer/hooks trainer/loop trainer/optim trainer/precision trainer/run"
-    " trainer/run_folder trainer/state trainer/tasks",
+    " trainer/errors trainer/hooks trainer/loop trainer/optim trainer/precision"
+    " trainer/report trainer/run trainer/run_folder trainer/state trainer/tasks",
     "trainer/cli": "data trainer/commands trainer/config trainer/errors trainer/publish trainer/report"
     " trainer/run trainer/trained",
     "trainer/__main__": "trainer/cli",

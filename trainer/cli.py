@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -109,6 +110,11 @@ def _parse(kind: type[T], arguments: list[str], command: str) -> T:
     return config
 
 
+def _print(text: str) -> None:
+    """Print text that has parts of data in it: no escape sequence may reach the terminal."""
+    print(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text))
+
+
 def _train(arguments: list[str]) -> int:
     from plainloop.trainer.config.options import TrainConfig
     from plainloop.trainer.config.parse import parse
@@ -209,7 +215,7 @@ def _compare(arguments: list[str]) -> int:
     config = _parse(CompareConfig, named, "compare")
     from plainloop.trainer.report.compare import compare
 
-    print(compare(config))
+    _print(compare(config))
     return 0
 
 
@@ -230,7 +236,7 @@ def _replay(arguments: list[str]) -> int:
     config = _parse(ReplayConfig, words_to_options(arguments, "run"), "replay")
     from plainloop.trainer.commands.replay import replay
 
-    print(replay(config))
+    _print(replay(config))
     return 0
 
 
@@ -239,10 +245,10 @@ def _data(arguments: list[str]) -> int:
     from plainloop.trainer.config.report_options import DatasetConfig
 
     config = _parse(DatasetConfig, words_to_options(arguments, "train", "dev"), "data")
-    from plainloop.trainer.report.dataset import data_report
+    from plainloop.trainer.commands.data_report import data_report
 
     text, code = data_report(config)
-    print(text)
+    _print(text)
     return code
 
 

@@ -141,6 +141,7 @@ def test_marks_are_where_the_answers_are(driver: Any, pages: tuple[Path, Path]) 
     for text, gold in (("לאן", "הים התיכון"), ("长江", "六千三百公里")):
         search(driver, text)
         assert js(driver, marks) == [["gold answer", gold]]
+    search(driver, "")
     direction = "return getComputedStyle(document.querySelector('.detail div.text')).direction"
     assert js(driver, direction) == "ltr"
     search(driver, "לאן")
@@ -173,7 +174,7 @@ def test_keyboard(driver: Any, pages: tuple[Path, Path]) -> None:
 
     open_page(driver, pages[0])
     box = driver.find_element(By.CSS_SELECTOR, ".list")
-    driver.find_element(By.CSS_SELECTOR, "input[type=search]").send_keys(Keys.TAB * 8)
+    driver.find_element(By.CSS_SELECTOR, "input[type=search]").send_keys(Keys.TAB * 6)
     assert driver.switch_to.active_element == box
     current = """
     const list = document.querySelector('.list');
@@ -184,7 +185,22 @@ def test_keyboard(driver: Any, pages: tuple[Path, Path]) -> None:
         position, selected, question = js(driver, current)
         assert (position, selected) == (place, "true") and question in detail(driver)
     box.send_keys(Keys.ENTER)
-    assert driver.switch_to.active_element == driver.find_element(By.CSS_SELECTOR, ".detail")
+    part = driver.find_element(By.CSS_SELECTOR, ".detail")
+    assert driver.switch_to.active_element == part
+    part.send_keys(Keys.TAB)
+    driver.switch_to.active_element.send_keys(Keys.TAB)
+    driver.switch_to.active_element.send_keys(Keys.ENTER * 2)  # Next, which keeps the focus
+    assert js(driver, current)[0] == "3"
+    driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert driver.switch_to.active_element == box
+
+
+def test_rows_follow_the_font_size(driver: Any, pages: tuple[Path, Path]) -> None:
+    open_page(driver, pages[0])
+    js(driver, "document.documentElement.style.fontSize = '32px'; dispatchEvent(new Event('resize'))")
+    driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    tops = js(driver, "return [...document.querySelectorAll('.row')].map(r => [r.offsetTop, r.offsetHeight])")
+    assert tops[1] == [128, 128] and tops[2][0] == 256
 
 
 def test_two_runs_side_by_side(driver: Any, pages: tuple[Path, Path]) -> None:
@@ -196,6 +212,10 @@ def test_two_runs_side_by_side(driver: Any, pages: tuple[Path, Path]) -> None:
         driver, "return [...document.querySelectorAll('.runs > div')].map(d => d.getBoundingClientRect().top)"
     )
     assert boxes[0] == boxes[1]
+    letters = "return [...document.querySelectorAll('.detail .text sup')].map(s => s.textContent).sort()"
+    search(driver, "Who built it")
+    assert js(driver, letters) == ["A", "B"]  # two answers at two places
+    search(driver, "")
     choose(driver, "outcome of", "B")
     choose(driver, "outcome", "wrong span")
     assert count(driver) == 3 and "wrong span" in detail(driver)

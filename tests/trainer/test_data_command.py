@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from plainloop.trainer.cli import main
-from plainloop.trainer.report.dataset import distribution, normalize
+from plainloop.trainer.commands.data_check import distribution, normalize
 
 
 def paragraph(number: int, text: str, questions: list[tuple[str, str]]) -> dict[str, Any]:

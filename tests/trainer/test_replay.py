@@ -1,6 +1,7 @@
 """The rows of a step, and their losses, recomputed: their weighted sum is the loss that the run logged."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,13 @@ def test_each_loss_is_that_of_its_row(options: Any, capsys: Any) -> None:
     """Without dropout, and before the first update: the loss of a row alone under the initial weights."""
     from plainloop.data.store import Store
     from plainloop.models.spans import load_span_model, span_loss_sum
-    from plainloop.trainer.commands.replay import read_run
+    from plainloop.trainer.commands.replay import read_checkpoints, read_config
     from plainloop.trainer.tasks.span import SpanTask
 
     still = {"model.dropout": 0, "model.attention_dropout": 0, "max_steps": 1}
     assert main(["train", *as_arguments(options | still)]) == 0
     found = replayed(capsys, options["run_dir"], "--step", "1", "--losses")
-    run, _ = read_run(Path(options["run_dir"]), None)
+    run = read_config(Path(options["run_dir"]), read_checkpoints(Path(options["run_dir"]))[0], None)
     (folder,) = Path(options["data.cache_dir"]).glob("spantask-*")
     collate = SpanTask(run).collate(Store.open(folder))
     torch.manual_seed(run.seed)
@@ -116,6 +117,56 @@ def test_text_rows_are_weighted_by_their_tokens(text_options: Any, metrics: Any,
     check(found, line)
     assert found["step_loss"] == pytest.approx(line["loss"], rel=1e-6)
     assert len({row["weight"] for row in found["rows"]}) > 1 and found["rows"][0]["targets"]
+
+
+def test_a_run_that_was_resumed_with_other_options(options: Any, metrics: Any, capsys: Any) -> None:
+    """Rows are those of the options at the step: before the change another seed gave them."""
+    run = options["run_dir"]
+    keep = {"checkpoint.every_steps": 3, "checkpoint.keep_last": 9, "max_steps": 12}
+    assert main(["train", *as_arguments(options | keep | {"stop_at_step": 6})]) == 75
+    before = replayed(capsys, run, "--step", "5")["rows"]
+    changes = {"seed": 7, "checkpoint.allow_changes": "[seed]"}
+    assert main(["train", *as_arguments(options | keep | changes)]) == 0
+    assert replayed(capsys, run, "--step", "5")["rows"] == before
+    found = replayed(capsys, run, "--step", "5", "--losses")
+    check(found, metrics(run, "train")[4])
+    found = replayed(capsys, run, "--step", "8", "--losses")
+    check(found, metrics(run, "train")[7])
+    assert found["logged"]["verdict"] == "the same to the last digit"
+    for name in ("step-00000003", "step-00000006"):
+        shutil.rmtree(Path(run) / "checkpoints" / name)
+    assert main(["replay", run, "--step", "5"]) == 2
+    assert "resumed with other options at step 6" in capsys.readouterr().err
+    assert main(["replay", run, "--step", "8"]) == 0
+
+
+def test_a_loss_that_is_not_finite(options: Any, capsys: Any) -> None:
+    """What one replays a step for: the losses are told, also as JSON."""
+    broken = {"optim.lr": 1e30, "optim.warmup": 0, "optim.max_grad_norm": 0, "max_steps": 4}
+    assert main(["train", *as_arguments(options | broken | {"optim.max_nonfinite_steps": 0})]) == 70
+    found = replayed(capsys, options["run_dir"], "--step", "3", "--losses")
+    assert found["step_loss"] == "nan" and found["rows"][0]["loss"] == "nan"
+    assert main(["replay", options["run_dir"], "--step", "3", "--losses"]) == 0
+    assert "loss of step 3: nan" in capsys.readouterr().out
+
+
+def test_a_step_that_is_still_to_come(options: Any, capsys: Any) -> None:
+    run = options["run_dir"]
+    assert main(["train", *as_arguments(options | {"stop_at_step": 4})]) == 75
+    assert replayed(capsys, run, "--step", "9")["trained"] is False
+    (Path(run) / "metrics.jsonl").unlink()  # only for --around and the check of losses
+    assert replayed(capsys, run, "--step", "3")["trained"] is True
+    assert main(["replay", run, "--step", "9", "--losses"]) == 2
+    assert "trained up to step 4" in capsys.readouterr().err
+
+
+def test_a_loss_of_another_run_is_noticed(options: Any, capsys: Any) -> None:
+    assert main(["train", *as_arguments(options | {"max_steps": 3})]) == 0
+    log = Path(options["run_dir"]) / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("\n".join(json.dumps(line | {"loss": 9.5} if "loss" in line else line) for line in lines))
+    found = replayed(capsys, options["run_dir"], "--step", "2", "--losses")
+    assert found["logged"]["verdict"].startswith("WARNING: not the same")
 
 
 def test_bad_input_is_one_line(options: Any, tmp_path: Path, capsys: Any) -> None:

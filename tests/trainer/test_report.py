@@ -5,19 +5,18 @@ import hashlib
 import html
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.chromium import write_scores, write_squad
 
 from plainloop.trainer.cli import main
 from plainloop.trainer.report import figures
-from plainloop.trainer.report.browser import OUTCOMES, browser_data, outcome
+from plainloop.trainer.report.browser import OUTCOMES, browser_data, is_near, outcome
 from plainloop.trainer.report.curves import published, read_runs
-from plainloop.trainer.report.results import read_questions, read_results, scored
+from plainloop.trainer.report.results import null_threshold, read_questions, read_results, scored
+from plainloop.trainer.report.tables import titles
 from plainloop.trainer.tasks.normalize import SQUAD
 
 Content = dict[str, Any]
@@ -48,11 +47,11 @@ def test_a_run(run: str, squad_file: Path, tmp_path: Path, metrics: Any) -> None
     out = tmp_path / "report.html"
     assert main(["report", run, "--out", str(out), "--png", str(tmp_path / "png")]) == 0
     text, data = page_of(out)
-    assert data is not None and len(data["id"]) == 120 and data["runs"][0]["name"] == run
+    assert data is not None and len(data["id"]) == 120 and data["runs"][0]["name"] == "run"
     assert "resumed at step 5; saved at step 4, 5, 6, 8, 12" in text
-    assert "2 (1 of them resumed)" in text
+    assert "2, of which resumed: 1" in text
     digest = hashlib.sha256(squad_file.read_bytes()).hexdigest()
-    assert text.count(f"SHA-256 {digest}") == 2  # training and dev data are one file here
+    assert text.count(f"SHA-256 of the file now: {digest}") == 2  # training and dev data are one file here
     last = metrics(run, "evaluation")[-1]
     for name in ("exact", "f1", "HasAns_f1", "NoAns_exact", "best_f1", "pr_f1_ap"):
         assert f"{last[name]:.6g}" in text, name
@@ -93,53 +92,64 @@ def test_areas_and_best_scores_are_the_official_ones(run: str, squad_file: Path,
     assert questions.files == [str(squad_file)]
     one = scored(read_results(run, questions), questions, SQUAD)
     assert one.scores["exact"].mean() == pytest.approx(last["exact"])
-    found = figures.thresholds(one, questions, SQUAD)
-    assert found is not None and found.chosen == 0
+    found = figures.thresholds(one, questions, SQUAD, null_threshold(run))
+    assert found.complete and found.chosen == 0
     for name in ("exact", "f1", "oracle"):
         assert figures.area(found.curves[name]) == pytest.approx(last[f"pr_{name}_ap"], rel=1e-12)
     for name in ("exact", "f1"):
         nothing = 100 * float(np.mean(~found.answerable))  # the threshold below all odds
         assert max(nothing, found.mean[name].max()) == pytest.approx(last[f"best_{name}"], rel=1e-12)
-    p = figures.probabilities(one)
-    assert p is not None and ((p > 0) & (p <= 1)).all()
+    known = figures.probabilities(one, questions)
+    assert known is not None and len(known[0]) == 120 and ((known[0] > 0) & (known[0] <= 1)).all()
+    assert known[1].sum() == pytest.approx(last["exact"] * 1.2)
 
 
-HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> & <!-- "quoted\' ]]> $x^2$'
-
-
-def test_text_from_data_stays_text(tmp_path: Path) -> None:
-    """In the data of the browser every character comes back; in the page none of it is markup."""
-    astral = "𝔘𝔫𝔦 before the answer " + HOSTILE
-    articles = {HOSTILE: [(astral, [("a<b", HOSTILE, "answer"), ("c", "Which \u2028 \x00 end?", "")])]}
-    data = write_squad(tmp_path / "hostile.json", articles)
-    texts = {"a<b": "the answer", "c": "half \ud800 of one"}
-    odds = {"a<b": -1.0, "c": -2.0}
-    start = astral.index("the answer")
-    name = tmp_path / "run <script>alert(2)</script>"
-    candidates = {"a<b": [("the answer", start)], "c": [("half \ud800 of one", 0)]}
-    scores = write_scores(name, texts, odds, candidates)
+def test_without_candidates_nothing_is_made_up(run: str, metrics: Any, tmp_path: Path) -> None:
+    """Answers above the threshold are empty in the predictions: no average precision is drawn from these."""
+    (Path(run) / "evaluation/nbest_predictions.json").unlink()
+    questions = read_questions(None, {}, run)
+    one = scored(read_results(run, questions), questions, SQUAD)
+    found = figures.thresholds(one, questions, SQUAD, 0.0)
+    last = metrics(run, "evaluation")[-1]
+    assert not found.complete and list(found.curves) == ["oracle"]
+    assert figures.area(found.curves["oracle"]) == pytest.approx(last["pr_oracle_ap"], rel=1e-12)
+    assert len(found.mean["f1"]) == (one.odds <= 0).sum()
+    assert found.mean["f1"][-1:] == pytest.approx([last["f1"]] * bool(len(found.mean["f1"])))
     out = tmp_path / "report.html"
-    assert main(["report", scores, "--data", data, "--out", str(out)]) == 0
-    text, found = page_of(out)
-    assert found is not None
-    assert found["question"] == [HOSTILE, "Which \u2028 \x00 end?"] and found["contexts"] == [astral]
-    assert found["runs"][0]["text"] == list(texts.values()) and found["id"] == ["a<b", "c"]
-    assert found["runs"][0]["start"][0] == start + 3  # three characters are two units each in JavaScript
-    assert found["gold"][0] == [["answer", astral.index("answer") + 3]]
-    assert text.count("<script") == 2 and "<img" not in text and "alert(2)</script>" not in text
-    assert "&lt;script&gt;alert(2)&lt;/script&gt;" in text
+    assert main(["report", run, "--out", str(out)]) == 0
+    text = out.read_text()
+    assert "no scores above the threshold" in text and "No reliability and risk without" in text
+    assert f"{last['pr_f1_ap']:.6g}" in text  # the table has the evaluation's own
+
+
+def test_figures_of_other_data_are_not_shown(run: str, squad_file: Path, tmp_path: Path) -> None:
+    """On a part of the data, the table is computed from the predictions."""
+    part = json.loads(squad_file.read_text())
+    part["data"][0]["paragraphs"] = part["data"][0]["paragraphs"][:5]
+    part["data"] = part["data"][:1]
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    out = tmp_path / "report.html"
+    assert main(["report", run, "--data", str(tmp_path / "part.json"), "--out", str(out)]) == 0
+    text = out.read_text()
+    assert "part.json: 15 questions" in text and '<th scope="row">total</th><td>15</td>' in text
+    assert "its metrics.json is of other data" in text
 
 
 def test_outcomes() -> None:
-    cases = [
-        ("x", True, 100, 100),
-        ("x", True, 0, 40),
-        ("x", True, 0, 0),
-        ("x", False, 0, 0),
-        ("", True, 0, 0),
-    ]
-    assert [outcome(*case) for case in cases] == list(range(len(OUTCOMES)))
-    assert outcome("", False, 100, 100) == 0
+    cases = [("x", True, 1, True), ("x", True, 0, True), ("x", True, 0, False), ("x", False, 0, False)]
+    assert [outcome(*case) for case in [*cases, ("", True, 0, False)]] == list(range(len(OUTCOMES)))
+    assert outcome("", False, 100, True) == 0
+    assert is_near(4, "coal", [["wood or coal", 0]], 0) and not is_near(20, "or", [["wood or coal", 0]], 40)
+    assert is_near(-1, "or", [["wood or coal", 0]], 40) and not is_near(-1, "or", [["wood", 0]], 0)
+
+
+def test_names_are_short_and_distinct() -> None:
+    long = "/scratch/" + "very-long-name/" * 12
+    found = titles([f"{long}seed-0", f"{long}seed-1", f"{long}seed-1"])
+    assert found == ["A: seed-0", "B: seed-1", "C: seed-1"]
+    assert titles(["runs/_x"]) == ["_x"] and len(titles(["x" * 200])[0]) < 40
+    assert titles(["a/b", "a"]) == ["A: b", "B: a"]
+    assert titles(["ev\x01x\udcff", "y"])[0] == "A: ev\ufffdx\ufffd"
 
 
 def test_two_runs_and_seeds(run: str, options: Any, tmp_path: Path, capsys: Any) -> None:
@@ -150,23 +160,45 @@ def test_two_runs_and_seeds(run: str, options: Any, tmp_path: Path, capsys: Any)
     out = tmp_path / "two.html"
     assert main(["report", run, other, "--out", str(out), "--resamples", "200"]) == 0
     text, data = page_of(out)
-    assert data is not None and [of["name"] for of in data["runs"]] == [run, other]
+    assert data is not None and [of["name"] for of in data["runs"]] == ["A: run", "B: other"]
     assert data["runs"][0]["nbest"] and data["runs"][1]["nbest"] is None
     assert 'id="compare"' in text and "McNemar&#x27;s exact test" in text
-    assert "mean of 2, one standard deviation" in text and "mean ± standard deviation" in text
+    assert "mean of 2 seeds, one standard deviation" in text and "mean of 2 ± standard deviation" in text
     capsys.readouterr()
     assert main(["compare", run, other, "--json", "--resamples", "200"]) == 0
     said = json.loads(capsys.readouterr().out)
     for line in said["in_words"]:
         assert html.escape(line) in text
-    labels = {of.label for of in read_runs([run, other])}
-    assert len(labels) == 1
+    assert len({of.label for of in read_runs([run, other], ["A", "B"])}) == 1
+    third = str(tmp_path / "third")
+    assert main(["train", *as_arguments(options | {"run_dir": third, "optim.lr": 1e-4})]) == 0
+    assert main(["report", run, third, other, "--out", str(out)]) == 0
+    text, _ = page_of(out)
+    assert "mean of 2 ± standard deviation (optim.lr 0.001)" in text and 'id="compare"' not in text
     score = str(tmp_path / "score")
     evaluate = ["evaluate", "--model", run, "--data", options["data.train"], "--out_dir", score]
     assert main([*evaluate, "--cache_dir", str(tmp_path / "c"), "--precision", "fp32"]) == 0
     assert main(["report", run, "--scores", score, "--out", str(out)]) == 0
     text, data = page_of(out)
     assert data is not None and data["runs"][0]["nbest"] and "plainloop evaluate --data" in text
+    assert main(["report", run, run, "--scores", score, run, "--out", str(out), "--resamples", "100"]) == 0
+    text, data = page_of(out)
+    assert data is not None and [of["name"] for of in data["runs"]] == ["A: run", "B: run"]
+    assert '<th scope="col">A: run</th><th scope="col">B: run</th>' in text
+
+
+def test_a_run_without_an_evaluation_beside_others(run: str, options: Any, tmp_path: Path) -> None:
+    """In any order, it has curves; the others have figures."""
+    new = str(tmp_path / "new")
+    changes = {"run_dir": new, "max_steps": 2}
+    assert (
+        main(["train", *as_arguments({k: v for k, v in (options | changes).items() if k != "data.dev"})]) == 0
+    )
+    for number, runs in enumerate(([run, new], [new, run])):
+        out = tmp_path / f"{number}.html"
+        assert main(["report", *runs, "--out", str(out)]) == 0
+        text, data = page_of(out)
+        assert data is not None and len(data["runs"]) == 1 and "new has no evaluation yet" in text
 
 
 def test_text_task(text_options: Any, text_files: Any, tmp_path: Path) -> None:
@@ -217,32 +249,6 @@ def test_data_as_a_page(squad_file: Path, tmp_path: Path) -> None:
     assert main(["data", str(squad_file), str(squad_file), "--html", str(out)]) == 0
     text, data = page_of(out)
     assert data is None and "120" in text and "dev questions whose context is in train" in text
-
-
-def test_bad_input_is_one_line(run: str, squad_file: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(run, tmp_path / "broken")
-    (tmp_path / "broken/metrics.jsonl").write_text("nonsense\n{}\n")
-    shutil.copytree(run, tmp_path / "moved")
-    config = (tmp_path / "moved/config.yaml").read_text()
-    (tmp_path / "moved/config.yaml").write_text(config.replace(str(squad_file), str(tmp_path / "gone.json")))
-    capsys.readouterr()
-    faults = {
-        "report needs a run folder": [],
-        "no such file or folder": [str(tmp_path / "nowhere")],
-        "neither a run folder": [str(tmp_path / "empty")],
-        "line 1 is not a record": [str(tmp_path / "broken")],
-        "gone.json: no such file": [str(tmp_path / "moved")],
-        "--scores: 2 folders for 1 runs": [run, "--scores", run, run],
-    }
-    out = ["--out", str(tmp_path / "report.html")]
-    for message, arguments in faults.items():
-        assert main(["report", *arguments, *out]) == 2, message
-        error = capsys.readouterr().err
-        assert message in error and "Traceback" not in error, error
-    assert not (tmp_path / "report.html").exists()
-    assert main(["report", run, "--out", str(tmp_path / "no/such/folder.html")]) == 2
-    assert "choose another file" in capsys.readouterr().err
 
 
 def test_browser_data_is_compact(tmp_path: Path) -> None:

@@ -121,10 +121,10 @@ def _accept(found: Checkpoint, config: TrainConfig, metadata: dict[str, Any], sa
             " Choose another run_dir, or list the options in --checkpoint.allow_changes."
         )
     if not _changes(found, config, metadata):
-        _require_order(found, sampler)
+        require_order(found, sampler)
 
 
-def _require_order(found: Checkpoint, sampler: Sampler) -> None:
+def require_order(found: Checkpoint, sampler: Sampler) -> None:
     """Check that the sampler still gives the same rows for the completed steps. O(steps), 3 us per step."""
     order = ""
     for step in range(found.state["order_since"], found.state["step"]):

@@ -46,13 +46,14 @@ class ReportConfig:
     """
 
     runs: list[str] = option(
-        list, "run folders, or folders of evaluate --out_dir; the words before the first option"
+        list,
+        "run folders, or folders of evaluate --out_dir, separated by blanks; the first words",
     )
     out: str = option("report.html", "the page to write")
     scores: list[str] = option(
         list,
-        "folders of evaluate --out_dir, one for each run in the same order, instead of the runs' last"
-        " evaluation",
+        "folders of evaluate --out_dir, separated by blanks, one for each run in the same order, instead of"
+        " the runs' last evaluation",
     )
     data: list[str] | str | None = option(
         None, "the questions and answers; default: the data that the first run was scored on"
@@ -101,8 +102,15 @@ class DatasetConfig:
     model: str | None = option(
         None, "count tokens with this model's tokenizer, and the answers that no window holds; default: words"
     )
-    max_length: int = option(384, "with model: tokens per window, including the question", minimum=1)
-    stride: int = option(128, "with model: overlap of neighbouring windows, in tokens", minimum=0)
+    ambiguous: Literal["error", "skip", "first"] = option(
+        "error", "what train will do with an answer that can't be located"
+    )
+    max_length: int | None = option(
+        None, "with model: tokens per row; default: as in train, 384, or 1024 for text models", minimum=1
+    )
+    stride: int | None = option(
+        None, "with model: overlap of neighbouring windows, in tokens; default: as in train, 128", minimum=0
+    )
     processes: int | None = option(
         None, "processes for tokenising; default: the cores this process may use", minimum=1
     )

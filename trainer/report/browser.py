@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from plainloop.data.types import Example
-from plainloop.trainer.report.figures import probabilities
+from plainloop.trainer.report.figures import answer_probabilities
 from plainloop.trainer.report.results import Questions, Results
 from plainloop.trainer.report.slices import KINDS, labels
 
@@ -20,15 +20,22 @@ FILTERS = ("question word", "answer length", "context length")
 ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 
 
-def outcome(text: str, answerable: bool, exact: float, f1: float) -> int:
-    """An index of OUTCOMES. exact, f1: of this answer, in any unit."""
+def outcome(text: str, answerable: bool, exact: float, near: bool) -> int:
+    """An index of OUTCOMES. exact: of this answer. near: whether it shares text with a gold one."""
     if exact > 0:
         return 0
     if not answerable:
         return 3
     if not text:
         return 4
-    return 1 if f1 > 0 else 2
+    return 1 if near else 2
+
+
+def is_near(start: int, text: str, golds: Sequence[list[Any]], f1: float) -> bool:
+    """Whether an answer overlaps a gold one in the context; by shared words where a place is not known."""
+    if start < 0 or any(place < 0 for _, place in golds):
+        return f1 > 0
+    return any(start < place + len(gold) and place < start + len(text) for gold, place in golds)
 
 
 def browser_data(all_of: Sequence[Results], questions: Questions) -> dict[str, Any]:
@@ -68,13 +75,22 @@ def _units(context: str, start: int) -> int:
 def _run(one: Results, questions: Questions) -> dict[str, Any]:
     examples, exact, f1 = questions.examples, one.scores[questions.figures[0]], one.scores["f1"]
     texts = [text or "" for text in one.texts]
-    p = probabilities(one)
-    answers = zip(texts, examples, exact, f1, strict=True)
+    p = None if one.nbest is None else answer_probabilities(one)
+    starts = [-1] * len(texts)
+    if one.nbest is not None:
+        starts = [
+            next((_units(e.context, _place(c)) for c in of if c["text"] == text), -1)
+            for of, text, e in zip(one.nbest, texts, examples, strict=True)
+        ]
+    answers = zip(texts, examples, starts, exact, f1, strict=True)
     found: dict[str, Any] = {
         "name": one.name,
         "text": texts,
-        "start": [-1] * len(texts),
-        "outcome": [outcome(text, bool(e.answers), float(em), float(f)) for text, e, em, f in answers],
+        "start": starts,
+        "outcome": [
+            outcome(text, bool(e.answers), float(em), is_near(start, text, _golds(e), float(f)))
+            for text, e, start, em, f in answers
+        ],
         "scores": [
             _rounded(one.scores[name], 2 if questions.scale == 100 else 4) for name in questions.figures
         ],
@@ -87,11 +103,12 @@ def _run(one: Results, questions: Questions) -> dict[str, Any]:
             [[c["text"], _number(c.get("probability")), _number(c.get("score"))] for c in of[:MAX_CANDIDATES]]
             for of in one.nbest
         ]
-        found["start"] = [
-            next((_units(e.context, c.get("start", -1)) for c in of if c["text"] == text), -1)
-            for of, text, e in zip(one.nbest, texts, examples, strict=True)
-        ]
     return found
+
+
+def _place(candidate: dict[str, Any]) -> int:
+    start = candidate.get("start")
+    return start if isinstance(start, int) else -1
 
 
 def _rounded(values: np.ndarray, digits: int) -> list[float | None]:

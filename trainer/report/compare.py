@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from plainloop.trainer.report.results import (
 from plainloop.trainer.report.slices import masks
 
 FEW_UNITS = 30  # fewer paragraphs than this: the interval is too narrow to be relied on
-FEW_SEEDS = 5
+FEW_SEEDS = 10
+MOST_SLICES = 6  # named in the words; the table has all
 Content = dict[str, Any]
 
 
@@ -31,9 +33,14 @@ def compare(config: CompareConfig) -> str:
     """The comparison as text or JSON. Raises InputError."""
     if not config.a or not config.b:
         raise InputError("compare needs two runs: plainloop compare A B --data FILE; see --help.")
+    for side in (config.a, config.b):
+        if len({Path(path).resolve() for path in side}) < len(side):
+            raise InputError(f"{', '.join(side)}: the same run is given twice; give each seed once.")
     questions = read_questions(config.data, config.columns, config.a[0])
+    if questions.causalqa and config.metric:
+        raise InputError("--metric: no effect on CausalQA data; leave it out.")
     rules = rules_for(config.metric, config.language, config.a[0])
-    read = [read_results(path, questions, nbest=False) for path in (*config.a, *config.b)]
+    read = [read_results(path, questions, texts_only=True) for path in (*config.a, *config.b)]
     read, questions = common(read, questions)
     of_each = [scored(one, questions, rules) for one in read]
     found = comparison(
@@ -56,22 +63,29 @@ def comparison(
         {"kind": kind, "slice": name, "questions": int(mask.sum()), "units": len(np.unique(units[mask]))}
         for (kind, name), mask in zip([("all", "all"), *slices], where, strict=True)
     ]
+    intervals = {
+        name: bootstrap(of_a, of_b, units, where, resamples=resamples, seed=seed)
+        for name, (of_a, of_b) in sides.items()
+    }
+    tested = [
+        (name, i) for name in names for i, row in enumerate(rows) if i and row["units"] >= FEW_UNITS
+    ]  # one family: slices times figures
+    adjusted = dict(zip(tested, holm([intervals[name][i].p for name, i in tested]), strict=True))
+    if rows[0]["units"] >= FEW_UNITS:
+        adjusted |= {(name, 0): intervals[name][0].p for name in names}
     for name, (of_a, of_b) in sides.items():
-        intervals = bootstrap(of_a, of_b, units, where, resamples=resamples, seed=seed)
-        tested = [i for i, row in enumerate(rows) if i and row["units"] >= FEW_UNITS]
-        adjusted = dict(zip(tested, holm([intervals[i].p for i in tested]), strict=True)) | {
-            0: intervals[0].p
-        }
-        for i, (row, mask, interval) in enumerate(zip(rows, where, intervals, strict=True)):
+        for i, (row, mask, interval) in enumerate(zip(rows, where, intervals[name], strict=True)):
+            p = adjusted.get((name, i))
             row[name] = {
                 "a": round(float(of_a[:, mask].mean()), 6), "b": round(float(of_b[:, mask].mean()), 6),
                 **{key: round(value, 6) for key, value in interval._asdict().items()},
-                "p_holm": round(adjusted[i], 6) if i in adjusted else None,
+                "p_holm": None if p is None else round(p, 6),
             }  # fmt: skip
     found: Content = {
         "a": [one.name for one in a], "b": [one.name for one in b], "data": questions.files,
         "unit": unit, "units": int(units.max()) + 1, "resamples": resamples, "seed": seed,
-        "figures": list(names), "all": rows[0], "slices": rows[1:],
+        "figures": list(names), "figures_are": "fractions" if questions.causalqa else "percent",
+        "tested": len(tested), "all": rows[0], "slices": rows[1:],
     }  # fmt: skip
     if len(a) == len(b) == 1:
         found["mcnemar"] = _right_and_wrong(a[0], b[0], names[0], questions.scale)
@@ -113,30 +127,17 @@ def _wins(a: np.ndarray, b: np.ndarray) -> Content:
 
 def in_words(found: Content) -> list[str]:
     """What may be claimed, and what not."""
-    lines = [_claim(name, found["all"][name], found["unit"]) for name in found["figures"]]
-    clear = [
-        f"{row['slice']} ({row['kind']}; {name} {row[name]['difference']:+.4g})"
-        for row in found["slices"]
-        for name in found["figures"]
-        if (row[name]["p_holm"] or 1) < 0.05
-    ]
-    if found["slices"]:
-        which = "; ".join(clear) or "none"
-        lines.append(f"Slices with a difference that holds after correcting for their number: {which}.")
+    lines = [_claim(name, found) for name in found["figures"]] + _about_slices(found)
     count = {side: len(found[side]) for side in "ab"}
     if max(count.values()) == 1:
         lines.append(
             "This is about these two trained models. Whether the method behind B is better than that behind A"
-            " needs several seeds of each: --a A/seed-* --b B/seed-*."
+            " needs several seeds of each: plainloop compare --a A/seed-* --b B/seed-*."
         )
     elif min(count.values()) < FEW_SEEDS:
         lines.append(
             f"Runs are resampled too, but {count['a']} and {count['b']} are few: the interval is too narrow."
             f" {FEW_SEEDS} or more of each are better."
-        )
-    if found["units"] < FEW_UNITS:
-        lines.append(
-            f"Only {found['units']} {found['unit']}s: few to resample, so take the interval as a rough guide."
         )
     if found["unit"] == "question":
         lines.append(
@@ -146,17 +147,44 @@ def in_words(found: Content) -> list[str]:
     return lines
 
 
-def _claim(name: str, row: Content, unit: str) -> str:
-    interval = f"95 % interval {row['low']:+.4g} to {row['high']:+.4g}, resampling {unit}s"
+def _claim(name: str, found: Content) -> str:
+    row, unit = found["all"][name], found["unit"]
+    size = "" if found["figures_are"] == "fractions" else " points"
+    if found["units"] < FEW_UNITS:
+        number = f"only {found['units']} {unit}{'s' * (found['units'] != 1)}"
+        return f"{name}: {number}: too few to say which is better (B - A is {row['difference']:+.4g}{size})."
     if row["difference"] == row["low"] == row["high"] == 0:
-        return f"{name}: A and B score the same on every question, or differ by nothing in sum."
+        return f"{name}: A and B have the same score, in every resample too."
     if row["low"] > 0 or row["high"] < 0:
-        better, worse = ("B", "A") if row["low"] > 0 else ("A", "B")
-        return f"{name}: {better} scores higher than {worse}, by {abs(row['difference']):.4g} ({interval})."
+        better, worse, sign = ("B", "A", 1) if row["low"] > 0 else ("A", "B", -1)
+        low, high = sorted((sign * row["low"], sign * row["high"]))
+        return (
+            f"{name}: {better} scores higher than {worse}, by {abs(row['difference']):.4g}{size}"
+            f" (95 % interval {low:.4g} to {high:.4g}, resampling {unit}s)."
+        )
     return (
-        f"{name}: this data does not show which is better: B - A is {row['difference']:+.4g} ({interval})."
-        " It does not show that they are equal either."
+        f"{name}: this data does not show which is better: B - A is {row['difference']:+.4g}{size} (95 %"
+        f" interval {row['low']:+.4g} to {row['high']:+.4g}, resampling {unit}s). It does not show that they"
+        " are equal either."
     )
+
+
+def _about_slices(found: Content) -> list[str]:
+    if not found["slices"]:
+        return []
+    if not found["tested"]:
+        return [f"No slice was tested: all have fewer than {FEW_UNITS} {found['unit']}s."]
+    if 2 * found["tested"] / (found["resamples"] + 1) >= 0.05:
+        return [f"Too few resamples for {found['tested']} tests of slices: none could pass."]
+    clear = [
+        f"{row['slice']} ({row['kind']}; {name} {row[name]['difference']:+.4g})"
+        for row in found["slices"]
+        for name in found["figures"]
+        if (1 if row[name]["p_holm"] is None else row[name]["p_holm"]) < 0.05
+    ]
+    more = f"; and {len(clear) - MOST_SLICES} more" if len(clear) > MOST_SLICES else ""
+    which = "; ".join(clear[:MOST_SLICES]) + more or "none"
+    return [f"Slices with a difference after correcting for {found['tested']} tests: {which}."]
 
 
 def as_text(found: Content) -> str:
@@ -165,14 +193,15 @@ def as_text(found: Content) -> str:
     lines = [f"A: {', '.join(found['a'])}", f"B: {', '.join(found['b'])}"]
     lines.append(
         f"{found['all']['questions']} questions, {found['units']} {found['unit']}s,"
-        f" {found['resamples']} resamples; p of slices by Holm's correction (few: under {FEW_UNITS} {unit}s)"
+        f" {found['resamples']} resamples; figures in {found['figures_are']}; p of slices by Holm's"
+        f" correction, their intervals are not corrected (few: under {FEW_UNITS} {unit}s)"
     )
     heading = "".join(
         f"   {name + ' A':>10} {'B':>8} {'B - A':>8} {'95 % interval':>18} {'p':>7}" for name in names
     )
     lines += ["", f"{'':<15} {'':<16} {'questions':>9}{heading}"]
     for row in (found["all"], *found["slices"]):
-        cells = "".join(_cells(row[name]) for name in names)
+        cells = "".join(_cells(row[name], found["resamples"]) for name in names)
         lines.append(f"{row['kind']:<15} {row['slice']:<16} {row['questions']:>9}{cells}")
     if "mcnemar" in found:
         m, wins = found["mcnemar"], found["f1_wins"]
@@ -186,15 +215,19 @@ def as_text(found: Content) -> str:
     else:
         lines.append("")
         for side, of in found["seeds"].items():
+            several = len(found[side]) > 1
             spread = [
-                f"{name} {np.mean(values):.3f} +- {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+                f"{name} {np.mean(values):.3f}" + (f" +- {np.std(values, ddof=1):.3f}" if several else "")
                 for name, values in of.items()
             ]
-            lines.append(f"{side.upper()}: {len(found[side])} runs, {', '.join(spread)} (standard deviation)")
+            kind = "runs, mean and standard deviation" if several else "run"
+            lines.append(f"{side.upper()}: {len(found[side])} {kind}: {', '.join(spread)}")
     return "\n".join([*lines, "", *found["in_words"]])
 
 
-def _cells(f: Content) -> str:
+def _cells(f: Content, resamples: int) -> str:
     interval = f"{f['low']:+.3f} {f['high']:+.3f}"
     p = "few" if f["p_holm"] is None else f"{f['p_holm']:.4f}"
+    if f["p_holm"] is not None and f["p"] <= 2.001 / (resamples + 1):  # the lowest that so many can give
+        p = f"<{p}"
     return f"   {f['a']:>10.3f} {f['b']:>8.3f} {f['difference']:>+8.3f} {interval:>18} {p:>7}"

@@ -14,7 +14,7 @@ import yaml
 
 from plainloop.data.errors import InputError
 from plainloop.trainer.config.parse import flatten
-from plainloop.trainer.report.svg import PALETTE, pyplot
+from plainloop.trainer.report.svg import PALETTE, pyplot, style_of
 from plainloop.trainer.trained.summary import labels, read_options
 
 TRAINING = {
@@ -40,7 +40,7 @@ class Run:
 
     def series(self, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values; NaN and Inf, which are written as text, are gaps."""
-        pairs = [(r["step"], float(r[name])) for r in self.records if r["kind"] == kind and name in r]
+        pairs = [(r["step"], _number(r[name])) for r in self.records if r["kind"] == kind and name in r]
         steps, values = np.array(pairs, float).reshape(-1, 2).T
         return steps, np.where(np.isfinite(values), values, np.nan)
 
@@ -54,20 +54,30 @@ class Run:
         }
 
 
-def read_runs(paths: Sequence[str]) -> list[Run]:
-    """Those of the paths that are run folders; folders of evaluate --out_dir have no curves.
-    Raises InputError.
+def read_runs(paths: Sequence[str], names: Sequence[str]) -> list[Run]:
+    """Those of the paths that are run folders, each once; folders of evaluate --out_dir have no curves.
+    names: what to call them. Raises InputError.
     """
-    folders = [path for path in paths if (Path(path) / "metrics.jsonl").is_file()]
+    folders: dict[str, str] = {}
+    for path, name in zip(paths, names, strict=True):
+        if (Path(path) / "metrics.jsonl").is_file():
+            folders.setdefault(path, name)
     options = {path: read_options(Path(path)) for path in folders}
     label_of = labels(options) if options else {}
     return [
         Run(
-            path, Path(path), options[path], _records(Path(path) / "metrics.jsonl"),
+            name, Path(path), options[path], _records(Path(path) / "metrics.jsonl"),
             _json(Path(path) / "status.json"), _newest_state(Path(path)), label_of[path],
         )
-        for path in folders
+        for path, name in folders.items()
     ]  # fmt: skip
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
@@ -111,10 +121,18 @@ def training_figure(runs: Sequence[Run]) -> Any:
             axis.set_ylim(bottom=0)
     axes[2][0].set_xlabel("step")
     axes[2][1].set_xlabel("step")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    if names:
-        figure.legend(handles, names, loc="outside lower center", ncols=3)
+    _legend(figure)
     return figure
+
+
+def _legend(figure: Any) -> None:
+    """One for all panels: each name once."""
+    found: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    if found:
+        figure.legend(found.values(), found, loc="outside lower center", ncols=3)
 
 
 def evaluation_figure(runs: Sequence[Run]) -> Any | None:
@@ -138,9 +156,7 @@ def evaluation_figure(runs: Sequence[Run]) -> Any | None:
         axis.set_xlabel("step")
     for axis in axes.flat[len(names) :]:
         axis.remove()
-    handles, found = axes[0][0].get_legend_handles_labels()
-    if len(runs) > 1:
-        figure.legend(handles, found, loc="outside lower center", ncols=3)
+    _legend(figure)
     return figure
 
 
@@ -151,21 +167,20 @@ def _overlay(axis: Any, runs: Sequence[Run], kind: str, name: str, **style: Any)
         groups.setdefault(run.label, []).append(run)
     style = {"markersize": 3, **style}
     for number, (label, group) in enumerate(groups.items()):
-        colour = PALETTE[number % len(PALETTE)]
+        colour, line = style_of(number)
         series = [run.series(kind, name) for run in group]
-        if len(group) == 1:
-            title = (group[0].name if len(runs) > 1 else "") or None
-            axis.plot(*series[0], color=colour, label=title, **style)
+        common = sorted(set.intersection(*(set(steps) for steps, _ in series)))
+        if len(group) == 1 or len(common) < 2:  # one run, or seeds that were logged at other steps
+            for run, (steps, values) in zip(group, series, strict=True):
+                title = run.name if len(runs) > 1 else None
+                axis.plot(steps, values, color=colour, linestyle=line, label=title, **style)
             continue
         for steps, values in series:
             axis.plot(steps, values, color=colour, alpha=0.35, linewidth=0.7)
-        common = sorted(set.intersection(*(set(steps) for steps, _ in series)))
-        if not common:
-            continue
         every = np.array([[values[list(steps).index(s)] for s in common] for steps, values in series])
         mean, spread = every.mean(axis=0), every.std(axis=0, ddof=1)
-        title = f"{label or group[0].folder.parent.name}: mean of {len(group)}, one standard deviation"
-        axis.plot(common, mean, color=colour, label=title, **style)
+        title = f"mean of {len(group)} seeds, one standard deviation" + f": {label}" * bool(label)
+        axis.plot(common, mean, color=colour, linestyle=line, label=title, **style)
         axis.fill_between(common, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
 
 

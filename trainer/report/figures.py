@@ -10,7 +10,7 @@ import numpy as np
 
 from plainloop.trainer.report.results import Questions, Results
 from plainloop.trainer.report.slices import KINDS, labels
-from plainloop.trainer.report.svg import PALETTE, pyplot
+from plainloop.trainer.report.svg import PALETTE, pyplot, style_of
 from plainloop.trainer.tasks.metrics import per_question, precision_recall
 from plainloop.trainer.tasks.normalize import Rules
 from plainloop.trainer.trained.calibration import expected_calibration_error
@@ -22,41 +22,42 @@ RELIABILITY_BINS = 10
 class Thresholds:
     """What depends on the threshold on the null odds: (N,) arrays, by rising odds.
 
-    exact, f1: of the best answer with text; gain_*: what answering adds to the sum of scores.
+    curves: points of precision over recall, by figure. mean: the figure in percent when so many of the first
+    questions are answered. chosen: the threshold of the predictions, if known. complete: whether the best
+    answer with text is known of all questions; else curves has the oracle's alone, and mean ends at `chosen`.
     """
 
     name: str
     odds: np.ndarray
     answerable: np.ndarray
-    curves: dict[str, list[tuple[float, float]]]  # precision over recall, by figure
-    mean: dict[str, np.ndarray]  # the figure at each threshold, percent
-    chosen: float
+    curves: dict[str, list[tuple[float, float]]]
+    mean: dict[str, np.ndarray]
+    chosen: float | None
+    complete: bool
 
 
-def thresholds(one: Results, questions: Questions, rules: Rules) -> Thresholds | None:
-    """None without null odds. Computed as the official script does, so that areas and maxima are its own."""
-    if one.odds is None:
-        return None
-    examples = questions.examples
-    texts = best_texts(one)
+def thresholds(one: Results, questions: Questions, rules: Rules, chosen: float | None) -> Thresholds:
+    """Computed as the official script does, so that areas and maxima are its own. The results need odds."""
+    assert one.odds is not None
+    examples, texts = questions.examples, best_texts(one)
+    complete = one.nbest is not None or all(texts)
     by_id = {e.id: text for e, text in zip(examples, texts, strict=True)}
     scores = dict(zip(("exact", "f1"), per_question(examples, by_id, rules), strict=True))
     answerable = {e.id: bool(e.answers) for e in examples}
     odds = {e.id: float(value) for e, value in zip(examples, one.odds, strict=True)}
     ids = sorted(odds, key=lambda i: odds[i])
-    raw = {**scores, "oracle": {i: float(has) for i, has in answerable.items()}}
-    curves, mean = {}, {}
-    for name, values in raw.items():
-        if any(answerable.values()):
-            curves[name] = precision_recall(ids, answerable, values, odds)
+    raw = {**(scores if complete else {}), "oracle": {i: float(has) for i, has in answerable.items()}}
+    curves = {}
+    if any(answerable.values()):
+        curves = {name: precision_recall(ids, answerable, values, odds) for name, values in raw.items()}
     nothing = sum(not has for has in answerable.values())
+    known = [i for i in ids if complete or (chosen is not None and odds[i] <= chosen)]
+    mean = {}
     for name, values in scores.items():
-        gain = [values[i] if answerable[i] else (-1 if by_id[i] else 0) for i in ids]
+        gain = [values[i] if answerable[i] else (-1 if by_id[i] else 0) for i in known]
         mean[name] = 100.0 * (nothing + np.cumsum(gain)) / len(ids)
-    return Thresholds(
-        one.name, np.array([odds[i] for i in ids]), np.array([answerable[i] for i in ids]), curves, mean,
-        chosen_threshold(one),
-    )  # fmt: skip
+    sorted_odds, sorted_answerable = (np.array([of[i] for i in ids]) for of in (odds, answerable))
+    return Thresholds(one.name, sorted_odds, sorted_answerable, curves, mean, chosen, complete)
 
 
 def best_texts(one: Results) -> list[str]:
@@ -67,17 +68,6 @@ def best_texts(one: Results) -> list[str]:
         next((entry["text"] for entry in of if entry["text"]), text or "")
         for of, text in zip(one.nbest, one.texts, strict=True)
     ]
-
-
-def chosen_threshold(one: Results) -> float:
-    """The threshold that divides the answered from the other questions: 0 if that does, else the highest odds
-    of an answer.
-    """
-    assert one.odds is not None
-    given = np.array([bool(text) for text in one.texts])
-    highest = float(one.odds[given].max()) if given.any() else -np.inf
-    lowest = float(one.odds[~given].min()) if not given.all() else np.inf
-    return 0.0 if highest <= 0 <= lowest or not given.any() else highest
 
 
 def area(curve: Sequence[tuple[float, float]]) -> float:
@@ -100,7 +90,7 @@ def threshold_figure(found: Sequence[Thresholds]) -> Any:
             title = f"{name} (average precision {area(points):.2f})"
             curve.step(100 * x, 100 * y, where="pre", color=PALETTE[number], label=title)
         curve.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 103))
-        curve.set_title(one.name if count > 1 else "precision over recall")
+        curve.set_title("precision over recall" + f", {one.name}" * (count > 1))
         finite = one.odds[np.isfinite(one.odds)]
         low, high = np.quantile(finite, [0.005, 0.995]) if len(finite) else (-1, 1)
         for has, name, colour in ((True, "answerable", PALETTE[0]), (False, "no answer", PALETTE[1])):
@@ -113,47 +103,63 @@ def threshold_figure(found: Sequence[Thresholds]) -> Any:
         histogram.set(xlabel="null odds: score of no answer - best", ylabel="% of the questions of a kind")
         histogram.set_title("how sure that there is no answer")
         for number, (name, values) in enumerate(one.mean.items()):
-            shown = (one.odds >= low) & (one.odds <= high)
-            over.plot(one.odds[shown], values[shown], color=PALETTE[number], label=name)
-            best = int(np.argmax(values))
-            over.plot(one.odds[best], values[best], "o", color=PALETTE[number], label=f"best {name}")
+            odds = one.odds[: len(values)]
+            shown = (odds >= low) & (odds <= high)
+            over.plot(odds[shown], values[shown], color=PALETTE[number], label=name)
+            if one.complete:
+                best = int(np.argmax(values))
+                over.plot(odds[best], values[best], "o", color=PALETTE[number], label=f"best {name}")
         over.set(xlabel="threshold on the null odds", ylabel="%", title="scores over the threshold")
         for axis in (histogram, over):
-            axis.axvline(one.chosen, color=PALETTE[2], linestyle="--", label=f"chosen: {one.chosen:.3g}")
+            if one.chosen is not None:
+                label = f"chosen: {one.chosen:.3g}"
+                axis.axvline(one.chosen, color=PALETTE[2], linestyle="--", label=label)
         for axis in (curve, histogram, over):
-            axis.legend(fontsize=8)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=8)
     return figure
 
 
-def probabilities(one: Results) -> np.ndarray | None:
-    """(N,) the probability of the given answer, from the n-best lists; None without them."""
+def probabilities(one: Results, questions: Questions) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of the questions whose n-best list has the given answer: its probability, and whether it is exactly
+    right. None if there are none.
+    """
     if one.nbest is None:
         return None
-    found = [
-        next((entry.get("probability", np.nan) for entry in of if entry["text"] == text), np.nan)
-        for of, text in zip(one.nbest, one.texts, strict=True)
-    ]
-    return None if np.isnan(found).any() else np.array(found, float)
+    p, right = answer_probabilities(one), one.scores[questions.figures[0]] == questions.scale
+    known = np.isfinite(p)
+    return (p[known], right[known]) if known.any() else None
 
 
-def probability_figure(found: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Any:
-    """Reliability, and the risk at each coverage. found: (name, probability (N,), right (N,) bool)."""
+def answer_probabilities(one: Results) -> np.ndarray:
+    """(N,) the probability of the given answer; NaN where the n-best list lacks it."""
+    found = []
+    for of, text in zip(one.nbest or (), one.texts, strict=True):
+        values = [entry.get("probability") for entry in of if entry["text"] == text]
+        found.append(values[0] if values and isinstance(values[0], (int, float)) else np.nan)
+    return np.array(found, float)
+
+
+def probability_figure(found: dict[str, tuple[np.ndarray, np.ndarray]]) -> Any:
+    """Reliability, and the risk at each coverage. found: name -> probability (N,), right (N,) bool."""
     plt = pyplot()
     figure, (reliability, risk) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     reliability.plot([0, 1], [0, 1], color=PALETTE[2], linestyle="--", label="calibrated")
-    for number, (name, p, right) in enumerate(found):
-        colour = PALETTE[(0, 1, 3, 4, 5)[number % 5]]
-        place = np.minimum((p * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
+    for number, (name, (p, right)) in enumerate(found.items()):
+        colour, line = style_of(number)
+        place = np.clip((p * RELIABILITY_BINS).astype(int), 0, RELIABILITY_BINS - 1)
         held = np.unique(place)
         means = [(p[place == b].mean(), right[place == b].mean()) for b in held]
         error = expected_calibration_error(p, right)
         title = (
             f"{name}: calibration error {error:.3f}" if len(found) > 1 else f"calibration error {error:.3f}"
         )
-        reliability.plot(*np.array(means).T, "o-", color=colour, label=title)
+        reliability.plot(*np.array(means).T, "o", color=colour, linestyle=line, label=title)
         order = np.argsort(-p, kind="stable")
         count = np.arange(1, len(p) + 1)
-        risk.plot(count / len(p), 1 - np.cumsum(right[order]) / count, color=colour, label=name)
+        risk.plot(
+            count / len(p), 1 - np.cumsum(right[order]) / count, color=colour, linestyle=line, label=name
+        )
     reliability.set(
         xlabel="probability of the answer", ylabel="share that is exactly right", title="reliability"
     )
@@ -206,5 +212,6 @@ def length_figure(sizes: dict[str, Any]) -> Any:
         axis.set_xticks(range(len(bars)), titles, rotation=60, ha="right", fontsize=7)
         axis.set_title(name)
         axis.set_xlabel(of["unit"])
+        axis.set_ylabel("number")
         axis.grid(axis="x", visible=False)
     return figure

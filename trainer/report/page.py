@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from plainloop.data.errors import InputError
+from plainloop.trainer.run_folder.files import write_atomically
 
 HERE = Path(__file__).parent
+START = '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta name="generator" content="plainloop">\n'
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -31,8 +33,8 @@ def element(tag: str, *content: str, **attributes: Any) -> Markup:
     return Markup(f"<{tag}{given}>{inside}</{tag}>")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Markup:
-    """The first cell of each row is its heading. A wide table scrolls by itself."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, kind: str = "numbers") -> Markup:
+    """The first cell of each row is its heading. A wide table scrolls by itself. kind: numbers or facts."""
     body = [
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:]))
         for row in rows
@@ -42,6 +44,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> M
         element("caption", caption),
         element("thead", element("tr", *(element("th", name, scope="col") for name in head))),
         element("tbody", *body),
+        class_=kind,
     )
     return _scrolling(content, caption)
 
@@ -76,7 +79,7 @@ def page(title: str, sections: Sequence[tuple[str, str, Markup]], data: Any = No
         scripts = f'<script type="application/json" id="data">{text}</script>\n'
     scripts += f"<script>{script}</script>\n"
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'{START}<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'
@@ -90,11 +93,20 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def write(path: str, text: str) -> None:
-    """Raises InputError."""
-    from plainloop.trainer.run_folder.files import write_atomically
-
+def require_own(path: str) -> None:
+    """Raise InputError if there is something else than an earlier page at this path."""
+    place = Path(path)
     try:
-        write_atomically(Path(path), text.encode("utf-8", "replace").decode("utf-8"))
+        if place.exists() and (not place.is_file() or not place.read_bytes().startswith(START.encode())):
+            raise InputError(f"--out {path}: exists, and is not a page of plainloop; choose another name.")
+    except OSError as error:
+        raise InputError(f"--out {path}: {error.strerror or error}.") from None
+
+
+def write(path: str, text: str) -> None:
+    """Write a page. Raises InputError, also if it would replace another file."""
+    require_own(path)
+    try:
+        write_atomically(Path(path).resolve(), text.encode("utf-8", "replace").decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; choose another file to write.") from None

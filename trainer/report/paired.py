@@ -50,8 +50,8 @@ def bootstrap(
         size = min(rows, resamples - start)
         weights = _weights(random, size, count)
         share = np.concatenate(
-            [_weights(random, size, len(side)) / len(side) * sign for side, sign in ((a, -1), (b, 1))], axis=1
-        )  # (size, R): how often each run was drawn
+            [sign * _shares(random, size, len(side)) for side, sign in ((a, -1), (b, 1))], axis=1
+        )  # (size, R): the weight of each run
         with np.errstate(invalid="ignore"):
             means = (weights @ sums).reshape(size, len(masks), len(runs)) / (weights @ sizes)[:, :, None]
         drawn.append((means * share[:, None, :]).sum(axis=2))
@@ -70,6 +70,14 @@ def _weights(random: np.random.Generator, size: int, count: int) -> np.ndarray:
     drawn = random.integers(0, count, size=(size, count))
     drawn += np.arange(size)[:, None] * count
     return np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(float)
+
+
+def _shares(random: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """(size, count): weights of runs, whose sum is 1, when `count` are drawn with replacement. The variance
+    of a mean of so few is too small by (count - 1) / count; the weights are stretched to mend that.
+    """
+    drawn = _weights(random, size, count) / count
+    return 1 / count + (drawn - 1 / count) * math.sqrt(count / (count - 1)) if count > 1 else drawn
 
 
 def _interval(difference: float, drawn: np.ndarray) -> Interval:

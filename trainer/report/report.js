@@ -10,7 +10,7 @@
   source.remove();
   const runs = data.runs;
   const total = data.id.length;
-  const ROW = 64; // height of a row in pixels: 4rem in the style sheet
+  let ROW = 64; // height of a row in pixels: 4rem in the style sheet, so it follows the reader's font size
   const LONG = 6000; // a longer context is shown in part
   const AROUND = 1500; // characters of it before and after the marks
 
@@ -21,8 +21,9 @@
     return made;
   }
 
-  const letter = (run) => String.fromCharCode(65 + run);
-  const title = (run) => (runs.length > 1 ? `${letter(run)}: ${runs[run].name}` : runs[run].name);
+  // With several runs, names begin with a letter: "A: seed-1".
+  const letter = (run) => runs[run].name.split(":")[0];
+  const title = (run) => runs[run].name;
   const outcome = (run, i) => data.outcomes[runs[run].outcome[i]];
   const isRight = (run, i) => runs[run].outcome[i] === 0;
   const f1 = data.figures.indexOf("f1");
@@ -85,7 +86,7 @@
     clearTimeout(waiting);
     waiting = setTimeout(refresh, 120);
   });
-  control("search", search);
+  control("search questions, answers, contexts, ids", search);
   if (runs.length > 1) {
     const options = runs.map((_, run) => [String(run), title(run)]);
     choice("outcome of", options).addEventListener("change", recount);
@@ -175,7 +176,14 @@
     { class: "list", role: "listbox", tabindex: "0", "aria-label": "Questions" },
     spacer,
   );
-  const detail = make("article", { class: "detail", tabindex: "0", "aria-label": "The chosen question" });
+  const chosen = make("div", {});
+  const bar = make("p", { class: "bar" }, ...buttons);
+  const detail = make(
+    "article",
+    { class: "detail", tabindex: "0", "aria-label": "The chosen question" },
+    bar,
+    chosen,
+  );
   let drawn = false;
 
   function draw() {
@@ -196,10 +204,7 @@
 
   function row(at) {
     const i = shown[at];
-    const parts = runs.map((of, run) => {
-      const which = runs.length > 1 ? `${letter(run)} ` : "";
-      return `${which}${outcome(run, i)}: ${of.text[i].slice(0, 80) || "(empty)"}`;
-    });
+    const parts = runs.length > 2 ? byOutcome(i) : runs.flatMap((_, run) => summary(run, i));
     const made = make(
       "div",
       {
@@ -210,12 +215,30 @@
         "aria-setsize": String(shown.length),
         "aria-posinset": String(at + 1),
       },
-      make("div", { dir: "auto" }, data.question[i].slice(0, 200)),
-      make("div", { class: "note", dir: "auto" }, parts.join(" · ")),
+      make("div", { dir: "auto" }, start(data.question[i], 200)),
+      make("div", { class: "note" }, ...parts),
     );
     made.style.top = `${at * ROW}px`;
-    made.addEventListener("click", () => select(at, false));
+    made.addEventListener("click", () => {
+      select(at, false);
+      if (narrow.matches) detail.scrollIntoView();
+    });
     return made;
+  }
+
+  // Each answer in an element of its own: its direction of writing must not turn what follows.
+  function summary(run, i) {
+    const which = runs.length > 1 ? `${run ? " · " : ""}${letter(run)} ` : "";
+    return [`${which}${outcome(run, i)}: `, make("bdi", {}, start(runs[run].text[i], 80) || "(empty)")];
+  }
+
+  function byOutcome(i) {
+    const groups = new Map();
+    runs.forEach((_, run) => {
+      const name = outcome(run, i);
+      groups.set(name, [...(groups.get(name) ?? []), letter(run)]);
+    });
+    return [[...groups].map(([name, letters]) => `${name}: ${letters.join(", ")}`).join(" · ")];
   }
 
   function select(at, scrollToTop) {
@@ -229,7 +252,10 @@
   }
 
   list.addEventListener("scroll", drawSoon, { passive: true });
-  window.addEventListener("resize", drawSoon);
+  window.addEventListener("resize", resized);
+  detail.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") list.focus();
+  });
   list.addEventListener("keydown", (event) => {
     const page = Math.max(1, Math.floor(list.clientHeight / ROW) - 1);
     const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -total, End: total };
@@ -243,17 +269,26 @@
     if (shown.length) select(Math.min(shown.length - 1, Math.max(0, active + by)), false);
   }
 
+  const narrow = window.matchMedia("(max-width: 48rem)"); // as in the style sheet
+
+  function resized() {
+    ROW = 4 * Number.parseFloat(getComputedStyle(document.documentElement).fontSize);
+    spacer.style.height = `${shown.length * ROW}px`;
+    drawSoon();
+  }
+
   // ---- One question.
   function describe(i) {
-    detail.replaceChildren();
+    chosen.replaceChildren();
+    detail.scrollTop = 0;
     if (i === undefined) {
-      detail.append(make("p", {}, "No question fits these filters."));
+      chosen.append(make("p", {}, "No question fits these filters."));
       return;
     }
     const context = data.contexts[data.context[i]];
     const golds = data.gold[i];
     const goldTexts = [...new Set(golds.map(([text]) => text))];
-    detail.append(
+    chosen.append(
       make("h3", { class: "text", dir: "auto" }, data.question[i]),
       make("p", { class: "note" }, data.id[i]),
       make("h3", {}, "Gold answers"),
@@ -264,29 +299,43 @@
       ),
       make("div", { class: "runs" }, ...runs.map((_, run) => answerOf(run, i))),
     );
-    if (context) detail.append(...contextOf(i, context, golds));
+    if (context) chosen.append(...contextOf(i, context, golds));
     const candidates = runs.flatMap((of, run) => (of.nbest?.[i].length ? [candidatesOf(run, i)] : []));
     if (candidates.length) {
-      detail.append(make("h3", {}, "Candidates"), make("div", { class: "runs" }, ...candidates));
+      chosen.append(make("h3", {}, "Candidates"), make("div", { class: "runs" }, ...candidates));
     }
   }
 
-  // Each run's marks have a style of their own; see the style sheet.
-  const markOf = (run) => (run ? "answer other" : "answer");
-
+  // Marks of several runs end with the letters of the runs.
   function contextOf(i, context, golds) {
-    const spans = golds.map(([text, start]) => [start, text.length, "gold"]);
-    const legend = [make("mark", { class: "gold" }, "gold")];
+    const spans = golds.filter(([, at]) => at >= 0).map(([text, at]) => [at, text.length, "gold", ""]);
+    let guessed = false;
     runs.forEach((of, run) => {
-      const start = of.start[i] >= 0 ? of.start[i] : context.indexOf(of.text[i]);
-      if (of.text[i]) spans.push([start, of.text[i].length, markOf(run)]);
-      const name = runs.length > 1 ? `predicted by ${letter(run)}` : "predicted";
-      legend.push(", ", make("mark", { class: markOf(run) }, name));
+      const size = of.text[i].length;
+      const places = size ? [of.start[i]] : [];
+      if (size && of.start[i] < 0) {
+        places.splice(0, 1, ...occurrences(context, of.text[i]));
+        guessed ||= places.length > 1;
+      }
+      for (const at of places) spans.push([at, size, "answer", runs.length > 1 ? letter(run) : ""]);
     });
+    const legend = [
+      make("mark", { class: "gold" }, "gold"),
+      ", ",
+      make("mark", { class: "answer" }, "predicted"),
+    ];
+    if (guessed) legend.push(" (at every place of the text: which one is not known)");
     const body = make("div", { class: "text", dir: "auto" });
-    const known = spans.filter(([start]) => start >= 0);
-    fill(body, context, known, context.length > LONG);
+    fill(body, context, spans, context.length > LONG);
     return [make("h3", {}, "Context: ", ...legend), body];
+  }
+
+  function occurrences(context, text) {
+    const found = [];
+    for (let at = context.indexOf(text); at >= 0 && found.length < 100; at = context.indexOf(text, at + 1)) {
+      found.push(at);
+    }
+    return found;
   }
 
   const number = (value, digits) =>
@@ -339,11 +388,14 @@
     const parts = [];
     for (let at = 0; at + 1 < sorted.length; at += 1) {
       const [start, end] = [sorted[at], sorted[at + 1]];
-      const names = new Set(
-        spans.filter(([s, size]) => s <= start && s + size >= end).map(([, , name]) => name),
-      );
+      const over = spans.filter(([s, size]) => s <= start && s + size >= end);
+      const names = new Set(over.map(([, , name]) => name));
+      const ending = [...new Set(over.filter(([s, size]) => s + size === end).map(([, , , by]) => by))];
       const text = context.slice(start, end);
-      parts.push(names.size ? make("mark", { class: [...names].join(" ") }, text) : text);
+      const mark = make("mark", { class: [...names].join(" ") }, text);
+      const by = ending.filter(Boolean).join("");
+      if (by) mark.append(make("sup", {}, by));
+      parts.push(names.size ? mark : text);
     }
     body.replaceChildren(...parts);
     if (!cut) return;
@@ -355,10 +407,22 @@
   }
 
   // Not between the two halves of a character.
-  const whole = (text, at) => (at > 0 && /[\udc00-\udfff]/.test(text[at] ?? "") ? at - 1 : at);
+  function whole(text, at) {
+    return at > 0 && /[\udc00-\udfff]/.test(text[at] ?? "") ? at - 1 : at;
+  }
 
-  const bar = make("p", { class: "bar" }, ...buttons, status);
-  place.replaceChildren(form, bar, make("div", { class: "panes" }, list, detail));
+  function start(text, size) {
+    return text.slice(0, whole(text, size));
+  }
+
+  const keys =
+    "Arrow keys, Page Up and Down, Home and End move in the list. Enter goes to the question, Escape back.";
+  place.replaceChildren(
+    form,
+    make("p", { class: "note" }, status, ". ", keys),
+    make("div", { class: "panes" }, list, detail),
+  );
+  resized();
   refresh();
   document.documentElement.dataset.ready = "true";
 })();

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from plainloop.data.readers.examples import Examples, ReadOptions, require_use
 from plainloop.data.readers.files import read_json
 from plainloop.data.samplers import subset
 from plainloop.data.types import Answer, Example
+from plainloop.trainer.run_folder.files import sha256
 from plainloop.trainer.tasks.metrics import per_question, per_text
 from plainloop.trainer.tasks.normalize import Rules, metric_rules
 from plainloop.trainer.trained.summary import read_options
@@ -86,8 +88,9 @@ def read_questions(data: str | Sequence[str] | None, columns: Mapping[str, str],
         text = TextOptions(dataset=options.get("text.dataset"), split=options.get("text.split") or "original")
     files = data_files(data, "valid", text)
     if is_causalqa(files[0]):
-        rows = read_text(files, text)
-        return Questions(files, [as_example(r) for r in rows], True)
+        if columns:
+            raise InputError("--columns has no effect on CausalQA data; leave it out.")
+        return Questions(files, [as_example(row) for row in read_text(files, text)], True)
     columns = columns or options.get("data.columns") or {}
     require_use(columns, files, "--columns")
     read = Examples(files, ReadOptions(columns, locate=False))
@@ -100,15 +103,46 @@ def read_questions(data: str | Sequence[str] | None, columns: Mapping[str, str],
 def scored_on(folder: Path, options: Mapping[str, Any]) -> str | list[str]:
     """The data that a run or score folder was scored on. Raises InputError if it does not say, or is gone."""
     if (folder / "provenance.json").is_file():
-        found: Any = list(read_json(folder / "provenance.json").get("data") or [])
+        origin = read_json(folder / "provenance.json")
+        known = dict(origin.get("data") or {}) if isinstance(origin, dict) else {}
+        found: Any = list(known)
+        for file in found:
+            if Path(file).is_file() and sha256(Path(file)) != known[file]:
+                print(f"warning: {file}: is not the file that {folder} was scored on", file=sys.stderr)
     else:
         found = options.get("data.dev")
-    if not found:
+    if not found or not isinstance(found, (str, list)):
         raise InputError(f"{folder}: does not say which data it was scored on; name it with --data FILE.")
     return found if isinstance(found, str) else list(found)
 
 
-def read_results(path: str, questions: Questions, *, nbest: bool = True) -> Results:
+def has_answers(path: str) -> bool:
+    """Whether there are predictions at this path. Raises InputError if there is nothing."""
+    place = Path(path)
+    if not place.exists():
+        raise InputError(f"{path}: no such file or folder.")
+    return place.is_file() or _answers_in(place) is not None
+
+
+def _answers_in(place: Path) -> Path | None:
+    """The file with the predictions of a score folder, or of a run's last evaluation."""
+    folders = (place, place / "evaluation")
+    files = (folder / n for folder in folders for n in ("predictions.json", "results.json"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def null_threshold(path: str) -> float | None:
+    """The threshold on the null odds that the predictions were made with; None if it is not known."""
+    place = Path(path)
+    if (place / "provenance.json").is_file():
+        origin = read_json(place / "provenance.json")
+        value = origin.get("null_threshold") if isinstance(origin, dict) else None
+    else:
+        value = read_options(place).get("evaluation.null_threshold", 0.0) if place.is_dir() else None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def read_results(path: str, questions: Questions, *, texts_only: bool = False) -> Results:
     """The answers of a run folder's last evaluation, of a score folder, or in a predictions file.
     Raises InputError.
     """
@@ -117,25 +151,40 @@ def read_results(path: str, questions: Questions, *, nbest: bool = True) -> Resu
         raise InputError(f"{path}: no such file or folder.")
     if place.is_file():
         return Results(name, None, _texts(place, questions))
-    folder = place if (place / "metrics.json").is_file() else place / "evaluation"
-    file = next((folder / n for n in ("predictions.json", "results.json") if (folder / n).is_file()), None)
-    if file is None:
+    if (file := _answers_in(place)) is None:
         raise InputError(
             f"{path}: neither a run folder with an evaluation nor a folder of evaluate --out_dir: no"
-            f" predictions.json in {folder}."
+            " predictions.json."
         )
-    ids = [example.id for example in questions.examples]
-    odds = read_json(folder / "null_odds.json") if (folder / "null_odds.json").is_file() else None
-    if odds is not None and set(ids) - odds.keys():
-        raise InputError(f"{folder / 'null_odds.json'}: lacks questions of {', '.join(questions.files)}.")
-    nbest_file = folder / "nbest_predictions.json"
-    lists = read_json(nbest_file) if nbest and nbest_file.is_file() else None
-    return Results(
-        name,
-        folder,
-        _texts(file, questions),
-        None if odds is None else np.array([float(odds[i]) for i in ids]),
-        None if lists is None else [list(lists.get(i) or []) for i in ids],
+    folder, ids = file.parent, [example.id for example in questions.examples]
+    if texts_only:
+        return Results(name, folder, _texts(file, questions))
+    odds = _of_each(folder / "null_odds.json", ids, _is_number, "a number")
+    lists = _of_each(folder / "nbest_predictions.json", ids, _is_nbest, "a list of candidates")
+    array = None if odds is None or None in odds else np.array(odds, float)
+    return Results(name, folder, _texts(file, questions), array, lists and [of or [] for of in lists])
+
+
+def _of_each(file: Path, ids: Sequence[str], good: Callable[[Any], bool], what: str) -> list[Any] | None:
+    """The values of {id: value}, None where there is none; None without the file. Raises InputError."""
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: must be a JSON object {{id: {what}}}.")
+    for key, value in content.items():
+        if not good(value):
+            raise InputError(f"{file}: {key!r} is not {what}.")
+    return [content.get(i) for i in ids]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _is_nbest(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("text"), str) for one in value
     )
 
 
@@ -144,15 +193,15 @@ def _texts(file: Path, questions: Questions) -> list[str | None]:
     content, total = read_json(file), len(questions.examples)
     if isinstance(content, dict) and isinstance(content.get("predictions"), list):
         content = content["predictions"]
-    if isinstance(content, list) and len(content) <= total:
-        # An evaluation in training generates for a subset, which depends on its size alone.
+    # An evaluation in training generates for a subset, which depends on its size alone.
+    if isinstance(content, list) and (len(content) == total or file.name == "results.json"):
         texts: list[str | None] = [None] * total
         for i, text in zip(subset(total, len(content)), content, strict=True):
             texts[i] = text
     elif isinstance(content, dict):
         texts = [content.get(example.id) for example in questions.examples]
     else:
-        raise InputError(f"{file}: must be a JSON object {{id: text}}, or a list of at most {total} texts.")
+        raise InputError(f"{file}: must be a JSON object {{id: text}}, or a list of {total} texts.")
     if not all(isinstance(text, str) for text in texts if text is not None):
         raise InputError(f"{file}: a prediction is not text.")
     return texts
@@ -214,8 +263,14 @@ def scored(one: Results, questions: Questions, rules: Rules) -> Results:
 
 def as_example(row: Any) -> Example:
     question = row.question.removesuffix(SEPARATOR)
-    answers = tuple(Answer(text, row.context.find(text) if text else -1) for text in row.references)
+    answers = tuple(Answer(text, _place(text, row.context)) for text in row.references)
     return Example(row.id, question, row.context, answers)
+
+
+def _place(text: str, context: str) -> int:
+    """Where a reference is in its context, as whole words if it can be; -1 if it is not there."""
+    whole = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", context) if text else None
+    return whole.start() if whole else context.find(text) if text else -1
 
 
 def read_metrics(results: Results) -> dict[str, float]:
@@ -225,5 +280,5 @@ def read_metrics(results: Results) -> dict[str, float]:
     try:
         content = json.loads((results.folder / "metrics.json").read_text(encoding="utf-8"))
         return {name: float(value) for name, value in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{results.folder / 'metrics.json'}: can't be read: {error}.") from None
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise InputError(f"{results.folder / 'metrics.json'}: must be a JSON object of numbers.") from None

@@ -15,6 +15,7 @@ from plainloop.data.errors import InputError
 INK = "#010203"  # stands for the colour of the text, which depends on the reader's scheme
 # Okabe and Ito's palette, told apart by readers who see fewer colours, without its yellow and black.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+LINES = ("-", "--", ":", "-.")
 SVG = "{http://www.w3.org/2000/svg}"
 HREF = "{http://www.w3.org/1999/xlink}href"
 STYLE: Any = {
@@ -42,6 +43,11 @@ def pyplot() -> Any:
     plt.rcdefaults()
     plt.rcParams.update({**STYLE, "axes.prop_cycle": cycler(color=PALETTE)})
     return plt
+
+
+def style_of(number: int) -> tuple[str, str]:
+    """Colour and line style of run `number`: 24 that differ."""
+    return PALETTE[number % len(PALETTE)], LINES[number // len(PALETTE) % len(LINES)]
 
 
 def inline(figure: Any, name: str, description: str, png: Path | None) -> str:

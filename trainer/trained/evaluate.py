@@ -163,7 +163,11 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
     if not world.is_main:
         return None
     assert metrics is not None  # nobody interrupts this evaluation
-    origin = {**provenance("evaluate", config, path, data.files), "options": flatten(trained_with(path))}
+    origin = {
+        **provenance("evaluate", config, path, data.files),
+        "null_threshold": run.evaluation.null_threshold,
+        "options": flatten(trained_with(path)),
+    }
     here = set(context_digests(e.context for e in data.examples)) if fitted else set()
     if tuned := tuned_figures(metrics, len(here & fitted.contexts) if fitted else 0, len(here)):
         _note(tuned)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +40,7 @@ def look_at(config: DatasetConfig) -> tuple[Content, bool]:
             found[split], examples[split] = _split(split, path, config)
     if len(examples) == 2:
         found["shared"] = shared(examples["train"], examples["dev"], config.examples)
-    return found, not any("faults" in of for of in found.values())
+    return found, not any({"faults", "refused"} & set(of) for of in found.values() if isinstance(of, dict))
 
 
 def _split(split: str, path: str | Sequence[str], config: DatasetConfig) -> tuple[Content, list[Example]]:
@@ -55,9 +54,11 @@ def _split(split: str, path: str | Sequence[str], config: DatasetConfig) -> tupl
             examples = [as_example(row) for row in source]
         else:
             require_use(config.columns, files, "--columns")
-            read = Examples(files, ReadOptions(config.columns, ambiguous="skip"))
-            source = examples = list(read)
-            content["notes"] = [note.removeprefix("warning: ") for note in read.notes]
+            options = ReadOptions(config.columns, config.ambiguous, locate=not generates(config.model))
+            source, content["notes"] = _lenient(files, options)
+            examples = list(source)
+            if config.ambiguous == "error" and any("left out" in note for note in content["notes"]):
+                content["refused"] = "an answer can't be located; choose --data.ambiguous first or skip"
     except InputError as error:  # the rest is still worth a look
         return content | {"faults": str(error)}, []
     content |= counts(examples)
@@ -66,6 +67,21 @@ def _split(split: str, path: str | Sequence[str], config: DatasetConfig) -> tupl
     if config.model:
         content["rows"] = rows(source, config, split, causalqa)
     return content, examples
+
+
+def _lenient(files: list[str], options: ReadOptions) -> tuple[list[Example], list[str]]:
+    """The examples that can be used, and the notes of the reader."""
+    if options.ambiguous == "error":
+        options = replace(options, ambiguous="skip")
+    read = Examples(files, options)
+    return list(read), [note.removeprefix("warning: ") for note in read.notes]
+
+
+def generates(model: str | None) -> bool:
+    """Whether this model writes its answer, so that answers need no place in the context."""
+    from plainloop.models.load import load_config
+
+    return model is not None and bool(load_config(model).is_encoder_decoder)
 
 
 def counts(examples: Sequence[Example]) -> Content:
@@ -206,16 +222,16 @@ def normalize(text: str) -> str:
 
 def rows(source: Sequence[Any], config: DatasetConfig, split: str, causalqa: bool) -> Content:
     """What the model will see: the rows that `train` makes, and the warnings that it gives about them."""
-    from plainloop.models.load import load_config
     from plainloop.trainer.tasks.find import find_task
 
-    encoder_decoder = load_config(str(config.model)).is_encoder_decoder
+    encoder_decoder = generates(config.model)
     if causalqa and not encoder_decoder:
         raise InputError(f"--model {config.model}: CausalQA data needs an encoder-decoder, such as T5.")
     run = TrainConfig(task="text" if encoder_decoder else "span")
     run = replace(
         run, model=replace(run.model, path=str(config.model)),
-        data=replace(run.data, max_length=config.max_length, stride=config.stride),
+        data=replace(run.data, **_given(max_length=config.max_length, stride=config.stride)),
+        text=replace(run.text, **_given(max_source_length=config.max_length, stride=config.stride)),
     )  # fmt: skip
     task = find_task(run.task)(run)
     if encoder_decoder and not causalqa:
@@ -236,65 +252,5 @@ def rows(source: Sequence[Any], config: DatasetConfig, split: str, causalqa: boo
     }
 
 
-def as_text_report(found: Mapping[str, Any]) -> str:
-    """For a terminal."""
-    lines: list[str] = []
-    for split in ("train", "dev"):
-        if split not in found:
-            continue
-        of = found[split]
-        lines += [f"{split}: {', '.join(of['files'])}"]
-        if "faults" in of:
-            lines += [f"  train would refuse it: {of['faults']}", ""]
-            continue
-        share = of["unanswerable"] / of["questions"]
-        lines.append(
-            f"  {of['questions']:,} questions, {of['unanswerable']:,} ({share:.1%}) of them unanswerable;"
-            f" {of['contexts']:,} contexts, {of['articles']:,} articles;"
-            f" {of['answers per answerable question']} answers per answerable question"
-        )
-        lines += [f"  warning: {note}" for note in of.get("notes", [])]
-        for name, sizes in of["lengths"].items():
-            lines += _histogram(f"{name}s", sizes)
-        if "rows" in of:
-            lines += _histogram(
-                f"rows of {of['rows']['model']} ({of['rows']['rows']:,})", of["rows"]["length"]
-            )
-            lines += [f"  warning: {warning}" for warning in of["rows"]["warnings"]]
-        lines += [line for finding in of["findings"] for line in _lines(finding)] + [""]
-    if "shared" in found:
-        lines += ["in both files:", *(line for finding in found["shared"] for line in _lines(finding))]
-    return "\n".join(lines).rstrip()
-
-
-def _lines(finding: Content) -> list[str]:
-    mark = "!" if finding["count"] else " "
-    return [
-        f"{mark} {finding['count']:>7,} {finding['what']}",
-        *(f"            {e}" for e in finding["examples"]),
-    ]
-
-
-def _histogram(title: str, sizes: Content) -> list[str]:
-    most = max(count for _, _, count in sizes["histogram"])
-    head = (
-        f"  {title}, {sizes['unit']}: {sizes['min']} to {sizes['max']}, median {sizes['median']:g}, 95 % have"
-        f" at most {sizes['p95']:g}"
-    )
-    bars = [
-        f"    {f'{low} to {high}' if high > low else low:>14} {count:>8,} {'#' * round(40 * count / most)}"
-        for low, high, count in sizes["histogram"]
-    ]
-    return [head, *bars]
-
-
-def data_report(config: DatasetConfig) -> tuple[str, int]:
-    """The text or JSON to print, and the exit code: 2 if `train` would refuse the data."""
-    found, good = look_at(config)
-    if config.html:
-        from plainloop.trainer.report.report import data_page
-
-        data_page(found, config.html)
-    return (json.dumps(found, indent=1, ensure_ascii=False) if config.json else as_text_report(found)), (
-        0 if good else 2
-    )
+def _given(**values: int | None) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
