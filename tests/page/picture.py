@@ -4,8 +4,11 @@ The questions that a model gets partly right, in Chromium. The README's is of th
 trained on real questions.
 """
 
+import io
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,7 +29,8 @@ def main() -> None:
         window.get(page.resolve().as_uri())
         window.execute_script(PREPARE)
         window.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
-        out.write_bytes(window.get_screenshot_as_png())
+        shot = Image.open(io.BytesIO(window.get_screenshot_as_png()))
+    shot.convert("RGB").quantize(64).save(out, optimize=True)
 
 
 if __name__ == "__main__":
