@@ -12,7 +12,7 @@ if [ "${1:-}" = --slow ]; then
 fi
 # The check of accessibility and the linter of the report page; without npm, their tests are skipped.
 if command -v npm >/dev/null && [ ! -d tests/page/node_modules ]; then
-  npm install --prefix tests/page --silent --no-audit --no-fund --no-package-lock ||
+  timeout 90 npm install --prefix tests/page --silent --no-audit --no-fund --no-package-lock --fetch-retries=0 ||
     echo "note: npm install failed; tests of the report page's style are skipped" >&2
 fi
 ruff check .
