@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import signal
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ def step_batches(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_serve_parent if workers else None,
+        worker_init_fn=functools.partial(_serve_parent, os.getpid()) if workers else None,
     )
     iterator = iter(loader)
     try:
@@ -238,11 +239,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _serve_parent(_: int) -> None:
+def _serve_parent(parent: int, _: int) -> None:
     """Ignore signals in a worker; it ends with its rank, however the rank ends.
 
     torchrun signals the whole process group, and a worker that died from it would end the run too soon.
     """
-    end_with_parent()
+    end_with_parent(parent=parent)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

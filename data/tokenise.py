@@ -82,7 +82,7 @@ class _Worker:
     def __init__(self, job: Job) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(job, other), daemon=True)
+        self._process = context.Process(target=_serve, args=(job, other, os.getpid()), daemon=True)
         self._process.start()
         other.close()  # so that the process holds the only copy: when it dies, receive() sees the end
         self.pending = 0
@@ -116,9 +116,9 @@ def _death_as_error() -> Iterator[None]:
         ) from None
 
 
-def _serve(job: Job, pipe: Any) -> None:
+def _serve(job: Job, pipe: Any, parent: int) -> None:
     """In the process: answer chunks until the parent kills it. With the parent dead, the kernel does."""
-    end_with_parent()
+    end_with_parent(parent=parent)
     while True:
         chunk = pipe.recv()
         try:

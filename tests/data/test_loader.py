@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +71,25 @@ def test_largest_micro_batches_respect_the_token_budget_and_widths(tmp_path: Pat
         seen = [m.inputs["input_ids"].numel() for i in range(13) for m in steps[i].micro_batches]
         assert max(seen) <= max(sizes) <= 600
         assert steps.largest()[0].inputs["input_ids"].shape[1] == widths.pad(int(lengths.max()), 0, 128)
+
+
+ORPHAN = """
+import os, time
+from plainloop.data.processes import end_with_parent
+if not (rank := os.fork()):
+    parent = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    end_with_parent(parent=parent)
+    print("still alive", flush=True)
+    os._exit(0)
+os.waitpid(rank, 0)
+"""
+
+
+def test_a_worker_whose_rank_died_before_it_could_ask_the_kernel_ends() -> None:
+    """Else it would hold the connections of the dead rank, and the job would hang: nobody sees the death."""
+    result = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

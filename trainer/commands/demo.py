@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -119,9 +121,8 @@ def run_and_forward_signals(command: list[str], received: list[int]) -> tuple[in
     Otherwise a terminal's Ctrl-C would reach every process twice: directly, and again through torchrun. If
     this process is killed, the kernel ends torchrun, which ends its ranks.
     """
-    agent = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=lambda: end_with_parent(signal.SIGTERM)
-    )
+    follow = partial(end_with_parent, signal.SIGTERM, parent=os.getpid())
+    agent = subprocess.Popen(command, start_new_session=True, preexec_fn=follow)
     handed_on: list[int] = []
     while True:
         for number in received[len(handed_on) :]:

@@ -115,11 +115,12 @@ def _wait(ranks: list[int], timeout_s: float) -> list[int]:
 
 
 def _fork(order: dict[str, Any], rank: int, port: int, log: str, result: str) -> int:
+    parent = os.getpid()
     if pid := os.fork():
         return pid
     code = 1
     try:
-        end_with_parent()
+        end_with_parent(parent=parent)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
