@@ -157,6 +157,7 @@ def test_markup_in_data_is_shown_as_text(driver: Any, pages: tuple[Path, Path]) 
         assert driver.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_a_context_of_a_megabyte(driver: Any, pages: tuple[Path, Path]) -> None:
     """It is cut around the marks, and shown in full on request."""
     open_page(driver, pages[0])
@@ -224,6 +225,7 @@ def test_two_runs_side_by_side(driver: Any, pages: tuple[Path, Path]) -> None:
     assert driver.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_twelve_thousand_questions(driver: Any, tmp_path: Path) -> None:
     """Only the rows in sight exist, at the top, in the middle and at the end."""
     data, first, second = write_many(tmp_path, 12_000)

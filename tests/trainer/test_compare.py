@@ -69,6 +69,7 @@ def simulated(seed: int, paragraphs: int = 100, each: int = 8) -> tuple[np.ndarr
     return a[None].astype(float), b[None].astype(float), unit
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth() -> None:
     """In 500 simulated pairs without a true difference, 95 % of the intervals hold 0: 0.92 to 0.98 are three
     standard errors. Those over questions do not.
@@ -149,6 +150,7 @@ def test_seeds_are_a_level_of_their_own(files: Any, squad_file: Path, tmp_path: 
     assert "A: 1 run: exact 100.000, f1 100.000\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_few_seeds_cover_almost_as_often_as_many() -> None:
     """300 simulated pairs of 4 runs each, whose means differ by chance alone. Weights that are not stretched
     would give about 0.83.
