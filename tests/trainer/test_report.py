@@ -17,6 +17,7 @@ from plainloop.trainer.report.browser import OUTCOMES, browser_data, is_near, ou
 from plainloop.trainer.report.curves import published, read_runs
 from plainloop.trainer.report.results import null_threshold, read_questions, read_results, scored
 from plainloop.trainer.report.tables import titles
+from plainloop.trainer.tasks.metrics import average_precision
 from plainloop.trainer.tasks.normalize import SQUAD
 
 Content = dict[str, Any]
@@ -31,16 +32,6 @@ def page_of(out: Path) -> tuple[str, Content | None]:
     text = out.read_text()
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     return text, json.loads(found[1]) if found else None
-
-
-@pytest.fixture
-def run(options: Any, squad_file: Path) -> str:
-    """A run with two evaluations that was stopped once and resumed."""
-    options |= {"data.dev": str(squad_file), "evaluation.every_steps": 6, "max_steps": 12}
-    options |= {"evaluation.num_best": 5, "checkpoint.every_steps": 4}
-    assert main(["train", *as_arguments(options | {"stop_at_step": 5})]) == 75
-    assert main(["train", *as_arguments(options)]) == 0
-    return str(options["run_dir"])
 
 
 def test_a_run(run: str, squad_file: Path, tmp_path: Path, metrics: Any) -> None:
@@ -95,7 +86,7 @@ def test_areas_and_best_scores_are_the_official_ones(run: str, squad_file: Path,
     found = figures.thresholds(one, questions, SQUAD, null_threshold(run))
     assert found.complete and found.chosen == 0
     for name in ("exact", "f1", "oracle"):
-        assert figures.area(found.curves[name]) == pytest.approx(last[f"pr_{name}_ap"], rel=1e-12)
+        assert average_precision(found.curves[name]) == pytest.approx(last[f"pr_{name}_ap"], rel=1e-12)
     for name in ("exact", "f1"):
         nothing = 100 * float(np.mean(~found.answerable))  # the threshold below all odds
         assert max(nothing, found.mean[name].max()) == pytest.approx(last[f"best_{name}"], rel=1e-12)
@@ -112,7 +103,7 @@ def test_without_candidates_nothing_is_made_up(run: str, metrics: Any, tmp_path:
     found = figures.thresholds(one, questions, SQUAD, 0.0)
     last = metrics(run, "evaluation")[-1]
     assert not found.complete and list(found.curves) == ["oracle"]
-    assert figures.area(found.curves["oracle"]) == pytest.approx(last["pr_oracle_ap"], rel=1e-12)
+    assert average_precision(found.curves["oracle"]) == pytest.approx(last["pr_oracle_ap"], rel=1e-12)
     assert len(found.mean["f1"]) == (one.odds <= 0).sum()
     assert found.mean["f1"][-1:] == pytest.approx([last["f1"]] * bool(len(found.mean["f1"])))
     out = tmp_path / "report.html"

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 from helpers.chromium import write_scores, write_squad
 
 from plainloop.trainer.cli import main
@@ -23,16 +22,6 @@ def page_of(out: Path) -> tuple[str, Content | None]:
     text = out.read_text()
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     return text, json.loads(found[1]) if found else None
-
-
-@pytest.fixture
-def run(options: Any, squad_file: Path) -> str:
-    """A run with two evaluations that was stopped once and resumed."""
-    options |= {"data.dev": str(squad_file), "evaluation.every_steps": 6, "max_steps": 12}
-    options |= {"evaluation.num_best": 5, "checkpoint.every_steps": 4}
-    assert main(["train", *as_arguments(options | {"stop_at_step": 5})]) == 75
-    assert main(["train", *as_arguments(options)]) == 0
-    return str(options["run_dir"])
 
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> & <!-- "quoted\' ]]> $x^2$'

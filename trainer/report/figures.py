@@ -11,7 +11,7 @@ import numpy as np
 from plainloop.trainer.report.results import Questions, Results
 from plainloop.trainer.report.slices import KINDS, labels
 from plainloop.trainer.report.svg import PALETTE, pyplot, style_of
-from plainloop.trainer.tasks.metrics import per_question, precision_recall
+from plainloop.trainer.tasks.metrics import average_precision, per_question, precision_recall
 from plainloop.trainer.tasks.normalize import Rules
 from plainloop.trainer.trained.calibration import expected_calibration_error
 
@@ -70,15 +70,6 @@ def best_texts(one: Results) -> list[str]:
     ]
 
 
-def area(curve: Sequence[tuple[float, float]]) -> float:
-    """The average precision: the area under steps of precision over recall, percent."""
-    recall, total = 0.0, 0.0
-    for next_recall, precision in curve:
-        total += precision * (next_recall - recall)
-        recall = next_recall
-    return 100.0 * total
-
-
 def threshold_figure(found: Sequence[Thresholds]) -> Any:
     """Precision over recall; the null odds of both kinds of question; exact and F1 over the threshold."""
     plt = pyplot()
@@ -87,7 +78,7 @@ def threshold_figure(found: Sequence[Thresholds]) -> Any:
     for (curve, histogram, over), one in zip(axes, found, strict=True):
         for number, (name, points) in enumerate(one.curves.items()):
             x, y = np.array([(0.0, 1.0), *points]).T
-            title = f"{name} (average precision {area(points):.2f})"
+            title = f"{name} (average precision {average_precision(points):.2f})"
             curve.step(100 * x, 100 * y, where="pre", color=PALETTE[number], label=title)
         curve.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 103))
         curve.set_title("precision over recall" + f", {one.name}" * (count > 1))

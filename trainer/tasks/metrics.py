@@ -136,7 +136,7 @@ def _over_thresholds(
     if any(answerable.values()):
         oracle = {i: float(has_answer) for i, has_answer in answerable.items()}
         for name, values in (("exact", exact), ("f1", f1), ("oracle", oracle)):
-            scores[f"pr_{name}_ap"] = _average_precision(ids, answerable, values, score_diff)
+            scores[f"pr_{name}_ap"] = average_precision(precision_recall(ids, answerable, values, score_diff))
     return scores
 
 
@@ -160,12 +160,10 @@ def _best(
     return 100.0 * best / len(answerable), threshold
 
 
-def _average_precision(
-    ids: Sequence[str], answerable: Mapping[str, bool], raw: dict[str, float], score_diff: Mapping[str, float]
-) -> float:
-    """Area under the curve of precision over recall, as a sum of steps."""
+def average_precision(points: Sequence[tuple[float, float]]) -> float:
+    """Area under the points of `precision_recall`, as a sum of steps; percent."""
     recall, area = 0.0, 0.0
-    for next_recall, precision in precision_recall(ids, answerable, raw, score_diff):
+    for next_recall, precision in points:
         area += precision * (next_recall - recall)
         recall = next_recall
     return 100.0 * area
