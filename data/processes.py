@@ -1,4 +1,4 @@
-"""End child processes with their parent: an orphan would keep training and writing."""
+"""How processes end: a child with its parent, since an orphan would keep training and writing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -21,3 +22,12 @@ def end_with_parent(number: int = signal.SIGKILL, *, parent: int | None = None) 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
         if parent is not None and os.getppid() != parent:
             os.kill(os.getpid(), number)
+
+
+def exit_rank(code: int = 0) -> NoReturn:
+    """Exit a process that was in a process group. Python's own shutdown would tear the group down, and aborts
+    now and then (torch 2.13, gloo): "terminate called without an active exception". Close files before.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

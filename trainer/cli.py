@@ -79,15 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(message, code)
 
 
-def main_of_process() -> NoReturn:
+def main_of_process(arguments: list[str] | None = None) -> NoReturn:
     """Run `main` and exit the process with its exit code."""
-    code = main()
+    code = main(arguments)
     if "WORLD_SIZE" in os.environ:
-        # A rank. Python's shutdown would tear down torch's process group, which aborts 1 time in 15 (torch
-        # 2.13, gloo): "terminate called without an active exception". Files are written and closed: exit now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        from plainloop.data.processes import exit_rank
+
+        exit_rank(code)
     raise SystemExit(code)
 
 

@@ -60,8 +60,10 @@ def measure(cache: str, batch_size: int) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
+        from plainloop.data.processes import exit_rank
+
         measure(sys.argv[2], int(sys.argv[3]))
-        return
+        exit_rank()
     with tempfile.TemporaryDirectory() as cache:
         setup(cache, limit=LIMIT)
         for batch_size in (4,) if TINY else (16, 64):

@@ -8,6 +8,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
+from plainloop.data.processes import exit_rank
 from plainloop.trainer.config.options import DataConfig, ModelConfig, TrainConfig
 from plainloop.trainer.distributed.world import process_group, world_from_env
 from plainloop.trainer.loop import StepOptions, train_step
@@ -43,3 +44,4 @@ with process_group(world, timeout_s=60):
         assert all((label == -100).all() for label in batch.micro_batches[0].labels.values()), (
             "this rank's share should be empty"
         )
+exit_rank()

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from plainloop.data import loader
-from plainloop.trainer.cli import main
+from plainloop.trainer.cli import main_of_process
 
 record = open(os.environ["RECORD"] + os.environ.get("RANK", "0"), "a")
 get_item = loader.Steps.__getitem__
@@ -24,4 +24,4 @@ def noting(self: loader.Steps, step: int) -> Any:
 
 
 loader.Steps.__getitem__ = noting  # type: ignore[method-assign]
-sys.exit(main(["train", *sys.argv[1:]]))
+main_of_process(["train", *sys.argv[1:]])

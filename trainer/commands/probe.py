@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from plainloop.data.processes import exit_rank
 from plainloop.trainer.distributed.world import World, process_group, sum_over_ranks
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import no_follow
@@ -169,4 +170,4 @@ def _rank(device: str) -> None:
 
 if __name__ == "__main__":
     _rank(sys.argv[1])
-    os._exit(0)  # see cli.main_of_process
+    exit_rank()
