@@ -124,20 +124,26 @@ class Steps(Dataset[StepBatch]):
         world_size: int,
         rank: int,
         max_tokens: int,
+        lockstep: bool = False,
     ) -> None:
-        """num_targets: (N,) what each row adds to the divisor of the summed loss."""
+        """num_targets: (N,) what each row adds to the divisor of the summed loss. lockstep: every rank gets
+        equally many micro-batches, since each pass is a collective operation; empty ones have no weight.
+        """
         self.sampler = sampler
         self.collate = collate
         self.num_targets = num_targets
         self.world_size = world_size
         self.rank = rank
         self.max_tokens = max_tokens
+        self.lockstep = lockstep
         self.widths = collate.widths
 
     def __getitem__(self, step: int) -> StepBatch:
         rows, lengths = self.sampler.batch(step), self.sampler.lengths
         shares = self.split(rows)
-        micro_batches = [self.collate(share) for share in shares[self.rank]] or [self._empty(rows)]
+        micro_batches = [self.collate(share) for share in shares[self.rank]]
+        wanted = max(map(len, shares)) if self.lockstep else 1
+        micro_batches += [self._empty(rows)] * (wanted - len(micro_batches))
         return StepBatch(
             micro_batches,
             num_targets=int(self.num_targets[rows].sum()),

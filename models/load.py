@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.request import getproxies
 
 from plainloop.data.errors import InputError
 from plainloop.models.families import prepare, require_usable
+from plainloop.models.on_meta import build, promised_weights
 
 # Their feed-forward output exceeds 65,504, the largest fp16 number; under autocast nothing clamps it.
 OVERFLOWS_IN_FP16 = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
@@ -98,10 +100,14 @@ def load_network(
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            network, info = auto_class.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=local,
-                ignore_mismatched_sizes=True, **options,
-            )  # fmt: skip
+            if (weights := promised_weights()) is not None:
+                network, new = build(auto_class, path, config, weights, **options)
+                info = {"missing_keys": new, "mismatched_keys": []}
+            else:
+                network, info = auto_class.from_pretrained(
+                    path, config=config, dtype=torch.float32, output_loading_info=True,
+                    local_files_only=local, ignore_mismatched_sizes=True, **options,
+                )  # fmt: skip
         finally:
             logging.set_verbosity(verbosity)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -123,10 +129,17 @@ def load_network(
     return network
 
 
-def save_network(network: Any, folder: Path, weights: dict[str, Any]) -> None:
+def save_network(network: Any, folder: Path, weights: dict[str, Any] | None) -> None:
     """Save in the format of from_pretrained. weights: a state_dict of our model, or a copy of one, with names
-    that start with `network.`.
+    that start with `network.`; None: only save the configs.
     """
+    if weights is None:
+        config = copy.copy(network.config)
+        config.architectures = [type(network).__name__]
+        config.save_pretrained(folder)
+        if network.can_generate():
+            network.generation_config.save_pretrained(folder)
+        return
     from transformers.utils import logging
 
     logging.disable_progress_bar()

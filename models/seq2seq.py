@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -120,9 +122,16 @@ def token_loss_sum(logits: Tensor, labels: dict[str, Tensor], *, label_smoothing
 
 
 def generate(
-    model: Seq2SeqModel, inputs: dict[str, Tensor], *, max_new_tokens: int, num_beams: int = 1
+    model: Seq2SeqModel,
+    inputs: dict[str, Tensor],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    lockstep: bool = False,
 ) -> Tensor:
     """Greedy or beam search: (B, T) ids without the start token, padded after the end of each row.
+
+    lockstep: the model is sharded by FSDP; all ranks call this, and decode as long as any of them does.
 
     Stops when all rows have ended. The model's own generation config, such as sampling or the minimum length
     of a summary, is ignored except for its special tokens.
@@ -138,8 +147,21 @@ def generate(
     )
     source, mask = inputs["input_ids"], inputs["attention_mask"]
     extra = extra_inputs(network.config, source)
-    ids: Tensor = network.generate(input_ids=source, attention_mask=mask, **extra)
+    with _unsharded(model) if lockstep else contextlib.nullcontext():
+        ids: Tensor = network.generate(input_ids=source, attention_mask=mask, synced_gpus=lockstep, **extra)
     return ids[:, 1:]
+
+
+@contextlib.contextmanager
+def _unsharded(model: Any) -> Iterator[None]:
+    """Gather the parameters outside the blocks (embeddings, norms): `generate` does not call model.forward,
+    which would. The blocks gather their own.
+    """
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def sequence_log_probs(model: Seq2SeqModel, inputs: dict[str, Tensor], ids: Tensor) -> Tensor:

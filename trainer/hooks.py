@@ -17,17 +17,17 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from plainloop.data.loader import Steps
 from plainloop.data.types import MicroBatch
 from plainloop.trainer.config.options import EvaluationConfig
 from plainloop.trainer.distributed.deadline import Deadline
 from plainloop.trainer.distributed.device import peak_memory_gb
+from plainloop.trainer.distributed.parallel import local
 from plainloop.trainer.distributed.signals import StopRequest
 from plainloop.trainer.distributed.world import SharedFlag, all_ranks, broadcast_json, sum_over_ranks
 from plainloop.trainer.errors import InputError, RunError
-from plainloop.trainer.loop import StepOptions, add_gradients, allocate_optimizer_state, clear_gradients
+from plainloop.trainer.loop import StepOptions, add_gradients, allocate_optimizer_state
 from plainloop.trainer.run_folder.log import format_duration
 from plainloop.trainer.state import Progress, Traffic, TrainState, best_step
 
@@ -194,28 +194,36 @@ class CompareRanks:
         if progress.world.size == 1 or not progress.due(self.every):
             return
         mine = torch.tensor([weights_digest(state.model), int(state.order[:15] or "0", 16)])
-        for what, values in zip(("weights", "data order"), all_ranks(mine).T.tolist(), strict=True):
-            if len(set(values)) > 1:
+        weights, order = all_ranks(mine).T.tolist()
+        ranks = range(progress.world.size)
+        copies: dict[int, list[int]] = {}  # the ranks that hold the same share of the weights
+        for rank in ranks:
+            copies.setdefault(state.parallel.shard_of(rank), []).append(rank)
+        for what, values, group in [
+            *(("weights", weights, group) for group in copies.values()), ("data order", order, ranks),
+        ]:  # fmt: skip
+            if len({values[rank] for rank in group}) > 1:
                 raise RunError(
                     f"after step {state.step} the ranks differ in their {what}, which must be equal"
-                    f" ({odd_ones(values)}): a faulty device, or code that treats ranks differently."
+                    f" ({odd_ones(values, group)}): a faulty device, or code that treats ranks differently."
                     " Resume from the last checkpoint, without that node."
                 )
 
 
-def odd_ones(values: Sequence[int]) -> str:
-    """Name the ranks outside the majority; between two ranks there is no majority."""
-    common = max(set(values), key=values.count)
-    odd = [str(rank) for rank, value in enumerate(values) if value != common]
-    return f"outside the majority: {', '.join(odd)}" if len(odd) < len(values) / 2 else "no majority"
+def odd_ones(values: Sequence[int], group: Sequence[int]) -> str:
+    """Name the ranks of a group outside its majority; between two ranks there is no majority."""
+    mine = [values[rank] for rank in group]
+    common = max(set(mine), key=mine.count)
+    odd = [str(rank) for rank in group if values[rank] != common]
+    return f"outside the majority: {', '.join(odd)}" if len(odd) < len(group) / 2 else "no majority"
 
 
 def weights_digest(model: nn.Module) -> int:
-    """Checksum over the bits of all weights: any flipped bit changes it. One host sync."""
+    """Checksum over the bits of the weights that this rank holds: any flip changes it. One host sync."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = torch.zeros((), dtype=torch.int64)
     for parameter in model.parameters():
-        bits = parameter.detach().view(integers[parameter.element_size()]).sum(dtype=torch.int64)
+        bits = local(parameter.detach()).view(integers[parameter.element_size()]).sum(dtype=torch.int64)
         total = total.to(bits.device) * 1_000_003 + bits
     return int(total)
 
@@ -254,8 +262,7 @@ def warm_up(state: TrainState, micro_batches: Sequence[MicroBatch], options: Ste
         add_gradients(state, micro_batch, 1.0, options)
         if i == 0:
             allocate_optimizer_state(state)
-            if isinstance(state.ddp_model, DistributedDataParallel):  # free the buckets that DDP replaces now
-                state.optimizer.zero_grad(set_to_none=True)
+            state.parallel.after_first_pass(state.optimizer)
     float(state.grad_norm)  # waits for the device
-    clear_gradients(state)
+    state.parallel.clear_gradients(state.optimizer)
     return time.perf_counter() - started

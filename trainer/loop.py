@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from plainloop.data.types import MicroBatch, StepBatch
 from plainloop.trainer.distributed.world import World
@@ -67,8 +65,8 @@ def fit(
 def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> None:
     """All ranks. One optimizer step on a global batch; nothing in it waits for the device.
 
-    Gradient = d/dw [sum of the losses of all rows of all ranks] / batch.num_targets. DDP averages over ranks,
-    so each rank multiplies by world size; the division by the global count happens here and nowhere else.
+    Gradient = d/dw [sum of the losses of all rows of all ranks] / batch.num_targets. `parallel` averages over
+    ranks, so each multiplies by world size; the division by the global count happens here and nowhere else.
     """
     world, last = options.world, len(batch.micro_batches) - 1
     for group in state.optimizer.param_groups:
@@ -76,18 +74,18 @@ def train_step(state: TrainState, batch: StepBatch, options: StepOptions) -> Non
     for i, micro_batch in enumerate(batch.micro_batches):
         state.heartbeat.at(f"micro-batch {i + 1} of {last + 1}", 1 + (i + 1) / (last + 1))
         torch.manual_seed(dropout_seed(options.seed, state.step, world.rank, i))
-        with _sync_only(state.ddp_model, i == last):
+        with state.parallel.syncing(i == last):
             state.loss_sum += add_gradients(state, micro_batch, world.size / batch.num_targets, options)
 
     state.heartbeat.at("optimizer", 3)
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    state.grad_norm = get_total_norm(gradients)
+    state.grad_norm = state.parallel.total_norm(gradients)
     if options.max_grad_norm:
         clip_grads_with_norm_(state.model.parameters(), options.max_grad_norm, state.grad_norm)
     nonfinite = ~state.grad_norm.isfinite()
     step_if_finite(state.optimizer, state.scaler, nonfinite)
-    clear_gradients(state)
+    state.parallel.clear_gradients(state.optimizer)
     state.nonfinite_streak = (state.nonfinite_streak + 1) * nonfinite
     state.nonfinite_worst = torch.maximum(state.nonfinite_worst, state.nonfinite_streak)
     state.nonfinite_total = state.nonfinite_total + nonfinite
@@ -101,7 +99,7 @@ def add_gradients(state: TrainState, micro_batch: MicroBatch, weight: float, opt
         for part in micro_batch
     )
     with autocast(options.precision, state.device):
-        logits = state.ddp_model(**inputs)
+        logits = state.parallel.module(**inputs)
     loss = options.loss_sum(logits, labels)
     # A NaN or Inf loss turns every gradient into NaN: all ranks see it after the all-reduce, and skip.
     poison = torch.where(loss.isfinite(), 1.0, torch.nan)
@@ -115,20 +113,6 @@ def allocate_optimizer_state(state: TrainState) -> None:
     step_if_finite(state.optimizer, torch.amp.GradScaler(enabled=False), skip)
 
 
-def clear_gradients(state: TrainState) -> None:
-    """Free the gradients, but only zero those in DDP's buckets: under no_sync a new gradient would be
-    allocated outside the buckets, at the cost of 4 bytes per parameter and a copy.
-    """
-    state.optimizer.zero_grad(set_to_none=not isinstance(state.ddp_model, DistributedDataParallel))
-
-
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     """A 64-bit seed that depends only on the arguments, so there is no generator state to save."""
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
-
-
-def _sync_only(ddp_model: torch.nn.Module, sync: bool) -> contextlib.AbstractContextManager[None]:
-    """All-reduce gradients in the last micro-batch only."""
-    if sync or not isinstance(ddp_model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return ddp_model.no_sync()

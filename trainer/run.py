@@ -18,14 +18,16 @@ from plainloop.models.compiled import compiled
 from plainloop.models.load import overflows_in_fp16
 from plainloop.trainer.checkpoint import resume
 from plainloop.trainer.checkpoint.folder import checkpoint_bytes, restore
+from plainloop.trainer.checkpoint.sharded import SaveShards
 from plainloop.trainer.checkpoint.writer import SaveCheckpoint
 from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.config.validate import validate
 from plainloop.trainer.distributed.deadline import Deadline, StopTime
 from plainloop.trainer.distributed.device import keep_compiled_code, set_up_device
+from plainloop.trainer.distributed.parallel import parallelise
 from plainloop.trainer.distributed.signals import StopRequest, handlers_restored
 from plainloop.trainer.distributed.watchdog import Heartbeat, Watchdog
-from plainloop.trainer.distributed.world import World, process_group, world_from_env, wrap_ddp
+from plainloop.trainer.distributed.world import World, process_group, world_from_env
 from plainloop.trainer.hooks import CompareRanks, Evaluate, LogLine, NonFinite, Stop, warm_up_and_estimate
 from plainloop.trainer.loop import Hook, StepOptions, Verdict, fit
 from plainloop.trainer.optim import learning_rate, make_optimizer
@@ -93,14 +95,15 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = (), *, last: bool = False
 
         # 5. What happens between steps, in this order. Your own hooks run just before the save.
         lr, deadline = learning_rate(config.optim, total_steps), Deadline.from_env(stop_time)
+        sharded = config.parallel.mode == "fsdp"
         request = StopRequest(run_dir / "stop" if world.is_main else None)
         stop, batch_tokens = Stop(request, config.stop_at_step), config.evaluation.tokens_per_device
         settings = EvaluationSettings(
             world, config.precision, batch_tokens or 2 * max_tokens, config.evaluation, str(run_dir),
-            folder=run_dir / "evaluation", should_stop=stop.agreed, training=True,
+            folder=run_dir / "evaluation", should_stop=stop.agreed, training=True, lockstep=sharded,
         )  # fmt: skip
         evaluate = partial(tasks.evaluate, task, state.model, data.get("dev"), settings)
-        save = SaveCheckpoint(
+        save = (SaveShards if sharded else SaveCheckpoint)(
             progress, folder, partial(tasks.save_model, task, state.model), config.checkpoint,
             metric=config.evaluation.best_metric, metadata=metadata,
         )  # fmt: skip
@@ -166,7 +169,9 @@ def start_or_resume(
     torch.manual_seed(config.seed)
     heartbeat.at("loading the model")
     path = str(found.path) if found else config.model.path
-    model = tasks.load_model(task, path, config, world, new_head=found is None).train()
+    model = tasks.load_model(
+        task, path, config, world, new_head=found is None, sharded=config.parallel.mode == "fsdp"
+    ).train()
     keep_compiled_code(config.data.cache_dir, world.device)
     state = new_state(model, config, world, heartbeat, num_shapes=steps.widths.num_shapes)
     if found:
@@ -181,12 +186,12 @@ def new_state(
     model: nn.Module, config: TrainConfig, world: World, heartbeat: Heartbeat | None = None,
     *, num_shapes: int = 0,
 ) -> TrainState:  # fmt: skip
-    """Compile the model if asked for, wrap it in DDP, and make its optimizer and loss scaler."""
-    module = compiled(model, num_shapes) if config.model.compile else model
-    optimizer, scaler = make_optimizer(model, config.optim), make_scaler(config.precision, world.device)
-    return TrainState(
-        model, wrap_ddp(module, world), optimizer, scaler, world.device, heartbeat or Heartbeat()
+    """Compile the model if asked for, spread it over the ranks, and make its optimizer and loss scaler."""
+    parallel = parallelise(
+        model, world, partial(compiled, num_shapes=num_shapes) if config.model.compile else None
     )
+    optimizer, scaler = make_optimizer(model, config.optim), make_scaler(config.precision, world.device)
+    return TrainState(model, parallel, optimizer, scaler, world.device, heartbeat or Heartbeat())
 
 
 def report(config: TrainConfig, progress: Progress, steps: Steps, data: dict[str, Dataset]) -> None:

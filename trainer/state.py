@@ -17,14 +17,16 @@ from torch import nn
 from plainloop.data.samplers import order_digest
 from plainloop.data.types import StepBatch
 from plainloop.trainer.distributed.deadline import StopTime
+from plainloop.trainer.distributed.parallel import Parallel, first_row, like, local
 from plainloop.trainer.distributed.watchdog import Heartbeat
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.run_folder.log import Log
+from plainloop.trainer.run_folder.tensors import Tensors
 
 
 @dataclass
 class TrainState:
-    """model is the bare module; ddp_model runs the forward passes (DDP, compiled, or the same module).
+    """model is the bare module; parallel runs its forward passes and knows how it is spread over the ranks.
 
     The tensors below stay on the device and are read only when a line is logged: loss_sum (fp64, this rank's
     share since the last line), grad_norm (of the last step), and nonfinite_* (skipped steps: the current
@@ -34,7 +36,7 @@ class TrainState:
     """
 
     model: nn.Module
-    ddp_model: nn.Module
+    parallel: Parallel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     device: torch.device
@@ -66,22 +68,30 @@ class TrainState:
         self.rows, self.order = rows, order_digest(self.order, rows)
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Optimizer state as '<parameter>/<key>' -> tensor."""
+        """Optimizer state as '<parameter>/<key>' -> tensor: what this rank holds of it."""
         return {
-            f"{name}/{key}": value
+            f"{name}/{key}": local(value)
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
 
-    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Inverse of optimizer_tensors. Raises ValueError for a tensor that belongs to no parameter."""
+    def load_optimizer_tensors(self, tensors: Tensors) -> None:
+        """Inverse of optimizer_tensors, from files that have the whole state. Raises ValueError for a tensor
+        that belongs to no parameter.
+        """
         parameters = dict(self.model.named_parameters())
         states: dict[str, dict[str, torch.Tensor]] = {}
-        for path, tensor in tensors.items():
+        for path in tensors.places:
             name, _, key = path.rpartition("/")
             if name not in parameters:
                 raise ValueError(f"{path}: the model has no such parameter")
-            states.setdefault(name, {})[key] = tensor.to(parameters[name].device)
+            parameter, shape = parameters[name], tensors.shape(path)
+            if shape != parameter.shape:  # a count, or moments per row or column
+                states.setdefault(name, {})[key] = tensors.whole(path).to(parameter.device)
+                continue
+            start = first_row(parameter)
+            rows = tensors.rows(path, start, start + len(local(parameter)))
+            states.setdefault(name, {})[key] = like(parameter, rows.to(parameter.device))
         for name, state in states.items():
             self.optimizer.state[parameters[name]] = state
 

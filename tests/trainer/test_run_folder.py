@@ -196,6 +196,6 @@ def test_blame() -> None:
 
 
 def test_odd_ones() -> None:
-    assert odd_ones([5, 5, 6]) == "outside the majority: 2"
-    assert odd_ones([6, 5, 6, 6, 7]) == "outside the majority: 1, 4"
-    assert odd_ones([5, 6]) == "no majority"
+    assert odd_ones([5, 5, 6], range(3)) == "outside the majority: 2"
+    assert odd_ones([6, 5, 6, 6, 7], range(5)) == "outside the majority: 1, 4"
+    assert odd_ones([5, 6], [0, 1]) == "no majority"

@@ -33,6 +33,7 @@ from plainloop.trainer.run_folder.files import (
     file_fault,
     sync,
 )
+from plainloop.trainer.run_folder.tensors import SHARD, open_shards, open_tensors, shard_name
 from plainloop.trainer.state import TrainState
 
 FORMAT = 3  # of state.json; `upgrade` reads the one before
@@ -66,16 +67,36 @@ def save_checkpoint(
     which must be free on the disk. require_ownership is called before the rename, and raises if this process
     no longer owns the folder, which ends the run. Raises OSError.
     """
-    final = folder / f"{PREFIX}{state['step']:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, size)
-    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    temporary = folder / f".tmp-{PREFIX}{state['step']:08d}-{os.getpid()}"
     temporary.mkdir()  # fails if it exists: never write into someone else's folder or symlink
+
+    def fill(into: Path) -> None:
+        save_model(into)
+        save_tensors(optimizer, into / OPTIMIZER)
+
+    return publish(temporary, state, fill, require_ownership=require_ownership)
+
+
+def publish(
+    temporary: Path,
+    state: dict[str, Any],
+    fill: Callable[[Path], None],
+    *,
+    known: dict[str, dict[str, Any]] | None = None,
+    require_ownership: Callable[[], None] = lambda: None,
+) -> Path:
+    """Rank 0 only. Complete a temporary folder and rename it to the checkpoint of state["step"]. An error
+    removes it. fill writes what is missing in it; known: manifest entries of files that are there already.
+    """
+    folder = temporary.parent
+    final = folder / f"{PREFIX}{state['step']:08d}"
     try:
-        save_model(temporary)
-        _save_tensors(optimizer, temporary / OPTIMIZER)
+        fill(temporary)
         _write_json(temporary / "state.json", {"format": FORMAT, **state})
-        manifest = {f.name: describe_file(f) for f in sorted(temporary.iterdir())}
+        known = known or {}
+        manifest = {f.name: known.get(f.name) or describe_file(f) for f in sorted(temporary.iterdir())}
         _write_json(temporary / MANIFEST, manifest)
         _make_durable(temporary)
         require_ownership()
@@ -97,13 +118,14 @@ def restore(state: TrainState, checkpoint: Checkpoint, *, is_main: bool) -> None
 
     Raises InputError if the state does not belong to this model.
     """
-    from safetensors.torch import load_file
-
     saved = checkpoint.state
     try:
-        state.load_optimizer_tensors(load_file(checkpoint.path / OPTIMIZER))
+        shards = open_shards(checkpoint.path)
+        state.load_optimizer_tensors(
+            open_tensors([checkpoint.path / OPTIMIZER]) if shards is None else shards.below("optimizer/")
+        )
     except ValueError as error:
-        raise InputError(f"{checkpoint.path / OPTIMIZER}: {error}.") from None
+        raise InputError(f"{checkpoint.path}: optimizer state: {error}.") from None
     state.step = state.heartbeat.step = saved["step"]
     state.order, state.order_since = saved["order"], saved["order_since"]
     state.evaluations = saved["evaluations"]
@@ -162,7 +184,7 @@ def verify(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             file = path / name
-            if name == OPTIMIZER and expected is None:
+            if holds_optimizer(name) and expected is None:
                 continue
             if name != Path(name).name:
                 return f"{MANIFEST} names {name}, which is not a file of this folder"
@@ -172,11 +194,16 @@ def verify(path: Path) -> str | None:
                     fault = _unreadable(file)
             except FileNotFoundError:
                 fault = f"{name} is missing"
-            if fault and not (name == OPTIMIZER and not has_optimizer(path)):  # it was dropped meanwhile
+            if fault and not (holds_optimizer(name) and not has_optimizer(path)):  # it was dropped meanwhile
                 return fault
-        if missing := {"config.json", "state.json", OPTIMIZER} - set(manifest):
+        shards = [match for match in map(SHARD.fullmatch, manifest) if match]
+        optimizer = (
+            {shard_name(i, int(shards[0][2])) for i in range(int(shards[0][2]))} if shards else {OPTIMIZER}
+        )
+        if missing := {"config.json", "state.json", *optimizer} - set(manifest):
             return f"{MANIFEST} does not list {sorted(missing)}"
-        if not any(name.startswith("model") and name.endswith(".safetensors") for name in manifest):
+        plain = any(name.startswith("model") and name.endswith(".safetensors") for name in manifest)
+        if not plain and not (shards and has_optimizer(path)):
             return f"{MANIFEST} lists no weights"
         return _incomplete(upgrade(json.loads((path / "state.json").read_text(encoding="utf-8"))))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -215,7 +242,13 @@ def _incomplete(state: dict[str, Any]) -> str | None:
 
 def has_optimizer(path: Path) -> bool:
     """Whether a run can be resumed from this checkpoint. Raises OSError, ValueError, KeyError."""
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))[OPTIMIZER] is not None
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return all(manifest[name] is not None for name in filter(holds_optimizer, manifest))
+
+
+def holds_optimizer(name: str) -> bool:
+    """Whether a file of a checkpoint has optimizer state: the one of the whole state, or a shard."""
+    return name == OPTIMIZER or SHARD.fullmatch(name) is not None
 
 
 def checkpoint_bytes(parameters: int) -> int:
@@ -246,7 +279,7 @@ def counters(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from plainloop.trainer.checkpoint.folder import OPTIMIZER, PREFIX
+from plainloop.trainer.checkpoint.folder import PREFIX, holds_optimizer
 from plainloop.trainer.run_folder.files import MANIFEST, sweep, sync, write_atomically
 
 
@@ -14,14 +14,15 @@ def drop_optimizer(path: Path) -> None:
     """Rank 0 only. Delete the optimizer state, and say so in the manifest first. Raises OSError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        complete = manifest[OPTIMIZER] is not None
-    except (ValueError, KeyError, TypeError):
+        names = [name for name in manifest if holds_optimizer(name)]
+    except (ValueError, TypeError):
         return  # it is damaged, which verify will say
-    if complete:
-        content = json.dumps({**manifest, OPTIMIZER: None}, indent=1)
+    if any(manifest[name] is not None for name in names):
+        content = json.dumps({**manifest, **dict.fromkeys(names)}, indent=1)
         write_atomically(path / MANIFEST, content, durable=True)
         sync(path)
-    (path / OPTIMIZER).unlink(missing_ok=True)
+    for name in names:
+        (path / name).unlink(missing_ok=True)
 
 
 def retain(folder: Path, *, keep_last: int, best_step: int | None, keep_optimizer: bool = True) -> None:

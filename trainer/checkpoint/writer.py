@@ -19,6 +19,7 @@ from plainloop.trainer.checkpoint import folder as checkpoints
 from plainloop.trainer.checkpoint.host_copy import HostCopy, Tensors
 from plainloop.trainer.checkpoint.retention import retain
 from plainloop.trainer.config.options import CheckpointConfig
+from plainloop.trainer.distributed.parallel import local
 from plainloop.trainer.distributed.world import broadcast_json, sum_over_ranks
 from plainloop.trainer.errors import IO, RunError
 from plainloop.trainer.run_folder.status import RunFolder
@@ -33,7 +34,7 @@ class Save:
 
     step: int
     stalled_s: float
-    result: Future[tuple[Path, float]]
+    result: Future[Any]  # path of the checkpoint, seconds
 
 
 class SaveCheckpoint:
@@ -97,16 +98,21 @@ class SaveCheckpoint:
     def _save(self, state: TrainState) -> None:
         """All ranks sum the loss since the last log line; rank 0 saves."""
         self._require_finite(state)
-        window = sum_over_ranks(state.loss_sum.clone()).item()
+        record = self._record(state)
         if self.world.is_main:
-            record = {**checkpoints.counters(state), **self.metadata, "loss_sum": window}
             self.progress.stopwatch.time("save", partial(self._start, state, record))
         self.saved_step = state.step
 
+    def _record(self, state: TrainState) -> dict[str, Any]:
+        """All ranks. The content of state.json."""
+        window = sum_over_ranks(state.loss_sum.clone()).item()
+        return {**checkpoints.counters(state), **self.metadata, "loss_sum": window}
+
     def _require_finite(self, state: TrainState) -> None:
         """All ranks; one host sync. Raise RunError for NaN or Inf weights, so that they are never saved."""
-        norms = torch._foreach_norm([p.detach() for p in state.model.parameters()])
-        if not torch.stack(list(norms)).isfinite().all():
+        norms = torch._foreach_norm([local(p.detach()) for p in state.model.parameters()])
+        bad = (~torch.stack(list(norms)).isfinite()).sum()
+        if sum_over_ranks(bad).item():
             raise RunError(
                 f"the weights contain NaN or Inf after step {state.step}, so it was not saved;"
                 f" resume from the last checkpoint (step {self.saved_step})."

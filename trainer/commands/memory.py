@@ -16,7 +16,7 @@ from plainloop.data.types import MicroBatch
 from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import InputError, is_out_of_memory
-from plainloop.trainer.loop import StepOptions, add_gradients, clear_gradients
+from plainloop.trainer.loop import StepOptions, add_gradients
 from plainloop.trainer.run import new_state
 from plainloop.trainer.state import TrainState
 from plainloop.trainer.tasks import base as tasks
@@ -125,7 +125,7 @@ def _pass(state: TrainState, micro_batch: MicroBatch, options: StepOptions) -> N
         if is_out_of_memory(error):
             raise InputError(f"the largest micro-batch does not fit into memory: {error}") from None
         raise
-    clear_gradients(state)
+    state.parallel.clear_gradients(state.optimizer)
 
 
 def _wait(device: torch.device) -> None:

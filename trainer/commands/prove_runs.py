@@ -167,7 +167,7 @@ def _tokens_per_s(path: str) -> float:
     from plainloop.trainer.distributed.device import set_up_device
     from plainloop.trainer.distributed.world import world_from_env
     from plainloop.trainer.hooks import warm_up
-    from plainloop.trainer.loop import StepOptions, add_gradients, clear_gradients
+    from plainloop.trainer.loop import StepOptions, add_gradients
     from plainloop.trainer.run import new_state
     from plainloop.trainer.tasks import base as tasks
     from plainloop.trainer.tasks.find import find_task
@@ -186,7 +186,7 @@ def _tokens_per_s(path: str) -> float:
     started, passes = time.perf_counter(), 0
     while time.perf_counter() - started < 2.0 or passes < 2:
         add_gradients(state, batch, 1.0, options)
-        clear_gradients(state)
+        state.parallel.clear_gradients(state.optimizer)
         float(state.grad_norm)  # waits for the device
         passes += 1
     seconds = (time.perf_counter() - started) / passes

@@ -187,6 +187,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over the ranks. `--parallel fsdp` is short for `--parallel.mode fsdp`."""
+
+    mode: Literal["ddp", "fsdp"] = option(
+        "ddp",
+        "ddp: each rank holds the whole model; fsdp: each holds a share of it and of its optimizer state",
+    )
+    shard_size: int | None = option(
+        None, "fsdp: ranks that share one copy of the model, such as those of a node; default: all", minimum=2
+    )
+    gather_dtype: Literal["fp32", "bf16"] = option(
+        "fp32", "fsdp: dtype in which weights are sent; bf16 halves the traffic, gradients stay fp32"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Logging."""
 
@@ -254,6 +270,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def max_tokens(self, device_type: str) -> int:
         """Padded tokens of a micro-batch on a device of this type."""

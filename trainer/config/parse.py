@@ -48,7 +48,7 @@ def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
         """Keeps the lines of the description, which has an example."""
 
     names = option_names(kind)
-    arguments = _spell_out_flags(arguments, names)
+    arguments = _spell_out_flags(_spell_out_modes(arguments, names), names)
     for i, argument in enumerate(arguments):
         name, _, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and name not in {*names, "config", "help", "print_config"}:
@@ -65,6 +65,13 @@ def parse(kind: type[T], arguments: list[str], *, program: str) -> T:
     except ArgumentError as error:
         raise InputError(" ".join(str(error).removeprefix("Parser key ").split())) from None
     return from_dict(kind, values.as_dict())
+
+
+def _spell_out_modes(arguments: list[str], names: dict[str, type]) -> list[str]:
+    """Expand `--parallel fsdp` to `--parallel.mode fsdp`."""
+    modes = {f"--{name.removesuffix('.mode')}": f"--{name}" for name in names if name.endswith(".mode")}
+    parts = [argument.partition("=") for argument in arguments]
+    return [modes.get(name, name) + sign + value for name, sign, value in parts]
 
 
 def _spell_out_flags(arguments: list[str], names: dict[str, type]) -> list[str]:
@@ -158,6 +165,8 @@ def check_yaml(path: str, names: dict[str, type]) -> None:
         return
     if not isinstance(values, dict):
         raise InputError(f"{path}: not a config: the top level must be 'option: value' lines.")
-    for name in flatten(values):
+    for name, value in flatten(values).items():
+        if dataclasses.is_dataclass(names.get(name)) and value is not None:
+            raise InputError(f"{path}: '{name}' is a section: write its options below it, indented.")
         if name not in names:
             raise InputError(f"{path}: unknown option '{name}'{_nearest(name, names)}")

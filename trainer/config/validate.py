@@ -14,7 +14,7 @@ from plainloop.trainer.errors import InputError
 FREE_ON_RESUME = {
     "run_dir", "hooks", "tokens_per_device", "stop_at_step", "device", "tf32", "deterministic",
     "timeout_s", "start_timeout_s",
-    "compare_every_steps", "model.activation_checkpointing",
+    "compare_every_steps", "parallel", "model.activation_checkpointing",
     "model.compile", "model.attention", "data.num_widths", "data.train", "data.dev", "data.cache_dir",
     "data.processes",
     "data.workers",
@@ -42,6 +42,10 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
     faults += _without_effect(config, unused, f"task {config.task}")
     if config.optim.name == "adafactor":
         faults += _without_effect(config, ["optim.betas", "optim.eps"], "adafactor")
+    if config.parallel.mode == "ddp":
+        faults += _without_effect(config, ["parallel.shard_size", "parallel.gather_dtype"], "parallel ddp")
+    elif config.optim.name == "adafactor":
+        faults.append("optim.name adafactor works on whole matrices, which parallel fsdp does not have")
     if config.evaluation.metric == "squad":
         faults += _without_effect(config, ["evaluation.language"], "evaluation.metric squad")
     if (metric := config.evaluation.best_metric) not in metric_names:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import inspect
 import io
 import json
 import os
@@ -19,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from plainloop.trainer.errors import InputError, RunError
 
@@ -94,18 +91,6 @@ def process_group(world: World, *, timeout_s: float) -> Iterator[str]:
     yield prefix
     dist.barrier()
     dist.destroy_process_group()
-
-
-def wrap_ddp(module: nn.Module, world: World) -> nn.Module:
-    """DistributedDataParallel if there is more than one rank."""
-    if world.size == 1:
-        return module
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    # No buffer of these networks changes, so none is broadcast. torch 2.13 renamed the option.
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    no_buffers: dict[str, Any] = {name: False}
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **no_buffers)
 
 
 def agree_on_prefix(store: dist.Store, world: World, *, timeout_s: float) -> str:

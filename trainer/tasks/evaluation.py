@@ -6,8 +6,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ class EvaluationSettings:
     max_tokens: padded tokens per batch. options: `evaluation.*`. name: what is evaluated, for the files.
     folder: of the files; None: write none. should_stop: called by all ranks before each batch, with the same
     answer on all. training: the evaluation may take a subset. bootstrap: ROUGE-L as published for CausalQA.
-    temperature: of calibrated probabilities.
+    temperature: of calibrated probabilities. lockstep: every rank makes the same number of passes, since the
+    model is sharded and each pass is a collective operation.
     """
 
     world: World
@@ -55,6 +57,7 @@ class EvaluationSettings:
     training: bool = False
     bootstrap: bool = False
     temperature: float | None = None
+    lockstep: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,16 +102,19 @@ def forward_rows(
     parts: list[dict[str, np.ndarray]] = []
     losses = [0.0]
 
-    def forward(part: np.ndarray) -> None:
+    def run(part: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, labels = (to_device(tensors, world.device) for tensors in collate(part))
         with autocast(settings.precision, world.device):
-            logits = model(**inputs)
+            return model(**inputs), labels
+
+    def forward(part: np.ndarray) -> None:
+        logits, labels = run(part)
         loss = loss_sum(logits, labels).item()
         if reduce is not None:
             parts.append({"row": part, **reduce(logits.float().cpu().numpy(), part)})
         losses.append(loss)
 
-    on_micro_batches(model, micro_batches, forward, settings, name=name)
+    on_micro_batches(model, micro_batches, forward, settings, name=name, idle=run)
     loss = sum_over_ranks(torch.tensor(sum(losses), dtype=torch.float64)).item()
     results = gather_rows(parts, rows) if reduce is not None else None
     return loss / int(store.num_targets[rows].sum()), results
@@ -140,12 +146,14 @@ def on_micro_batches(
     settings: EvaluationSettings,
     *,
     name: str,
+    idle: Callable[[np.ndarray], object],
 ) -> None:
-    """All ranks. Call action(rows) for each micro-batch of this rank, in evaluation mode; no collectives.
+    """All ranks. Call action(rows) for each micro-batch of this rank, in evaluation mode.
 
     micro_batches: of every rank. If memory runs out, the micro-batch is halved and retried, so `action` must
-    not record anything before it has succeeded. Raises Interrupted if should_stop() says so: all ranks ask
-    equally often, even a rank with fewer micro-batches.
+    not record anything before it has succeeded. In lockstep nothing is retried, and a rank that has no
+    micro-batch left calls idle(rows), which runs the model and records nothing. Raises Interrupted if
+    should_stop() says so: all ranks ask equally often, even a rank with fewer micro-batches.
     """
     mine, was_training = micro_batches[settings.world.rank], model.training
     model.eval()
@@ -154,11 +162,16 @@ def on_micro_batches(
             for i in range(max(map(len, micro_batches))):
                 if settings.should_stop():
                     raise Interrupted
-                if i < len(mine):
-                    halved(action, mine[i])
+                if i >= len(mine):
+                    if settings.lockstep:
+                        idle(next(part for part in micro_batches if len(part) > i)[i][:1])
+                else:
+                    (action if settings.lockstep else partial(halved, action))(mine[i])
                     bar.update(len(mine[i]))
     finally:
         model.train(was_training)
+        if settings.lockstep:  # a pass without a backward pass leaves the embeddings gathered
+            cast(Any, model).reshard()
 
 
 def halved(action: Callable[[np.ndarray], None], rows: np.ndarray) -> None:

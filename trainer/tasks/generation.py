@@ -39,12 +39,17 @@ def generate_texts(
     several = np.bincount(owner)[owner] > 1
     parts: list[dict[str, np.ndarray]] = []
 
-    def generate_part(part: np.ndarray) -> None:
+    def run(part: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = to_device(collate(part).inputs, world.device)
         with autocast(settings.precision, world.device):
-            ids = generate(model, inputs, max_new_tokens=max_new_tokens, num_beams=num_beams)
-            need = scored or several[part].any()
-            scores = sequence_log_probs(model, inputs, ids) if need else torch.zeros(len(part))
+            ids = generate(
+                model, inputs, max_new_tokens=max_new_tokens, num_beams=num_beams, lockstep=settings.lockstep
+            )
+            need = scored or several[rows if settings.lockstep else part].any()  # the same on all ranks
+            return ids, sequence_log_probs(model, inputs, ids) if need else torch.zeros(len(part))
+
+    def generate_part(part: np.ndarray) -> None:
+        ids, scores = run(part)
         texts = np.array(decode(ids.cpu().numpy()), dtype=np.str_)
         parts.append({"row": part, "text": texts, "score": np.array(scores.tolist(), dtype=np.float64)})
 
@@ -52,7 +57,7 @@ def generate_texts(
     lengths = np.stack([store.lengths, np.full(len(store), max_new_tokens)], axis=1)
     max_tokens = max(1, settings.max_tokens // num_beams)
     micro_batches = shard_evaluation(rows, lengths, world_size=world.size, max_tokens=max_tokens)
-    on_micro_batches(model, micro_batches, generate_part, settings, name="generate")
+    on_micro_batches(model, micro_batches, generate_part, settings, name="generate", idle=run)
     found = gather_rows(parts, rows)
     return None if found is None else best_of_windows(owner[rows], found["text"], found["score"], nulls)
 

@@ -1,0 +1,246 @@
+"""Checkpoints of a sharded model: each rank writes its shard, rank 0 publishes the folder when all have.
+
+RUN/checkpoints/step-00000500/
+    shard-00000-of-00004.safetensors ...   'weights/<parameter>', 'optimizer/<parameter>/<key>', some rows
+    config.json, tokenizer ...             what from_pretrained reads besides the weights
+    model.safetensors ...                  in the best and the last: the weights, for other tools
+    state.json, manifest.json              as in a checkpoint that is not sharded
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from plainloop.trainer.checkpoint import folder as checkpoints
+from plainloop.trainer.checkpoint.host_copy import Tensors
+from plainloop.trainer.checkpoint.writer import FULL, Save, SaveCheckpoint
+from plainloop.trainer.distributed.parallel import Sharded, local
+from plainloop.trainer.distributed.world import all_ranks, broadcast_json
+from plainloop.trainer.run_folder.files import describe_file, sync
+from plainloop.trainer.run_folder.tensors import open_shards, shard_name
+from plainloop.trainer.state import TrainState, best_step
+
+RUNNING, DONE, FAILED = range(3)
+PLAIN_FILE_BYTES = 2 << 30  # weights are copied to plain files through this much memory
+
+
+def shard_tensors(state: TrainState, *, first: bool) -> Tensors:
+    """What this rank holds of weights and optimizer state. Only the first shard has what is not split."""
+    held: Tensors = {f"weights/{name}": local(p.detach()) for name, p in state.model.named_parameters()}
+    kept = state.model.state_dict().keys()
+    whole = {f"weights/{name}": buffer for name, buffer in state.model.named_buffers() if name in kept}
+    for name, tensor in state.optimizer_tensors().items():
+        (held if tensor.ndim else whole)[f"optimizer/{name}"] = tensor
+    return held | whole if first else held
+
+
+@dataclass
+class Part(Save):
+    """This rank's part of a save in progress. publishing: rank 0's next phase, after all shards."""
+
+    temporary: Path = Path()
+    record: dict[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
+    publishing: bool = False
+
+
+class SaveShards(SaveCheckpoint):
+    """All ranks save when due. At each step boundary they compare notes: if all shards are written, rank 0
+    publishes the checkpoint in its thread; if one failed, the save failed for all.
+    """
+
+    def reserve(self, state: TrainState) -> None:
+        if self.config.async_ and self._writes():
+            self._copies[0](shard_tensors(state, first=self.world.rank == 0))
+
+    def _writes(self) -> bool:
+        """Whether this rank writes a shard: of several copies of the model, the first."""
+        return self.world.rank < self._shards()
+
+    def _shards(self) -> int:
+        parallel = self.progress.state.parallel
+        assert isinstance(parallel, Sharded)
+        return parallel.shards
+
+    def _save(self, state: TrainState) -> None:
+        """All ranks."""
+        self._require_finite(state)
+        record = self._record(state)
+        self.progress.stopwatch.time("save", partial(self._start, state, record))
+        self.saved_step = state.step if self.failure is None else 0
+
+    def _start(self, state: TrainState, record: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        self._collect(wait=True)
+        tensors: Tensors = {}
+        if self._writes():
+            tensors = shard_tensors(state, first=self.world.rank == 0)
+            tensors = self._copies[0](tensors) if self.config.async_ else tensors
+        sizes = all_ranks(torch.tensor([sum(t.nbytes for t in tensors.values())]))
+        best = best_step(record["evaluations"], self.metric) == state.step
+        ending = state.step == self.progress.total_steps or state.stop is not None
+        plain = 4 * sum(p.numel() for p in state.model.parameters()) if best or ending else 0
+        temporary = self._prepare(record, int(sizes.sum()) + plain + (4 << 20))
+        if temporary is None:
+            return
+        result = self._thread.submit(write_shard, temporary, tensors, self.world.rank, self._shards())
+        self.in_progress = Part(
+            state.step, time.perf_counter() - started, result, temporary,
+            record | {"plain": plain > 0}, tensors,
+        )  # fmt: skip
+        if not self.config.async_:
+            self._collect(wait=True)
+
+    def _prepare(self, record: dict[str, Any], size: int) -> Path | None:
+        """All ranks. Rank 0 makes the folder that all write to. None: the save has failed."""
+        answer: dict[str, str] = {}
+        if self.world.is_main:
+            folder = self.folder.path / "checkpoints"
+            temporary = folder / f".tmp-{checkpoints.PREFIX}{record['step']:08d}-{os.getpid()}"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    checkpoints.require_space(folder, size)
+                except OSError:
+                    self._retain_and_point(record["evaluations"], make_room=True)
+                    checkpoints.require_space(folder, size)
+                shutil.rmtree(temporary, ignore_errors=True)  # of a failed save of the same step
+                temporary.mkdir()
+                answer = {"folder": str(temporary)}
+            except OSError as error:
+                answer = {"error": f"{error.filename or folder}: {error.strerror or error}"}
+        answer = broadcast_json(answer)
+        if "error" in answer:
+            self._failed(record["step"], answer["error"])
+            return None
+        self.failure = None
+        return Path(answer["folder"])
+
+    def _collect(self, *, wait: bool) -> None:
+        """All ranks, at every step boundary at which a save is in progress."""
+        part = self.in_progress
+        if isinstance(part, Part) and not part.publishing:
+            if wait:
+                self._wait_for(part)
+            notes = all_ranks(_note(part.result))
+            if (notes[:, 0] == RUNNING).any():
+                return
+            self._all_wrote(part, notes)
+            part = self.in_progress
+        if part is not None and self.world.is_main:
+            super()._collect(wait=wait)
+
+    def _all_wrote(self, part: Part, notes: torch.Tensor) -> None:
+        """All ranks have written their shards, or failed to."""
+        self.in_progress = None
+        failed = [rank for rank, status in enumerate(notes[:, 0].tolist()) if status == FAILED]
+        if failed:
+            numbers = notes[:, 1].tolist()
+            if self.world.is_main:
+                shutil.rmtree(part.temporary, ignore_errors=True)
+                if any(numbers[rank] in FULL for rank in failed):  # for the next save
+                    self.folder.require_ownership()
+                    self._retain_and_point(part.record["evaluations"], make_room=True)
+            reasons = ", ".join(f"rank {rank} ({os.strerror(numbers[rank])})" for rank in failed)
+            self._failed(part.step, f"{part.temporary.parent}: shard not written by {reasons}")
+        elif self.world.is_main:
+            part.result = self._thread.submit(self._publish, part, notes[: self._shards(), 2:].tolist())
+            part.publishing = True
+            self.in_progress = part
+
+    def _failed(self, step: int, reason: str) -> None:
+        self.failure, self.saved_step = reason, 0
+        self.progress.log.say(f"WARNING: step {step}: checkpoint NOT saved: {reason}")
+
+    def _publish(self, part: Part, notes: list[list[int]]) -> tuple[Path, float]:
+        """Runs in rank 0's thread."""
+        record = {name: value for name, value in part.record.items() if name != "plain"}
+        started, count = time.perf_counter(), self._shards()
+        known = {shard_name(i, count): _described(note) for i, note in enumerate(notes)}
+        path = checkpoints.publish(
+            part.temporary,
+            record,
+            partial(self._complete, weights=part.record["plain"]),
+            known=known,
+            require_ownership=self.folder.require_ownership,
+        )
+        self._retain_and_point(record["evaluations"])
+        seconds = time.perf_counter() - started
+        self.progress.stop_time.save_s = round(seconds, 3)
+        self.folder.progress(step=record["step"], stop_time=asdict(self.progress.stop_time))
+        return path, seconds
+
+    def _complete(self, folder: Path, *, weights: bool) -> None:
+        self.save_model(folder, weights=None)
+        if weights:
+            write_plain(folder)
+
+
+def _note(result: Future[tuple[int, bytes]]) -> torch.Tensor:
+    """What a rank tells the others of its shard: (7,) int64: status, errno, size, SHA-256."""
+    if not result.done():
+        return torch.tensor([RUNNING] + [0] * 6)
+    try:
+        size, digest = result.result()
+    except OSError as error:
+        return torch.tensor([FAILED, error.errno or errno.EIO] + [0] * 5)
+    words = np.frombuffer(digest or bytes(32), dtype=np.int64)
+    return torch.tensor([DONE, 0, size, *words.tolist()])
+
+
+def _described(note: list[int]) -> dict[str, Any]:
+    """The manifest entry of a file, of the size and digest in a note."""
+    return {"size": note[0], "sha256": np.array(note[1:], dtype=np.int64).tobytes().hex()}
+
+
+def write_plain(folder: Path) -> None:
+    """Write the weights in the shards of a folder as from_pretrained reads them, in parts. Raises OSError."""
+    tensors = open_shards(folder)
+    assert tensors is not None
+    weights = tensors.below("weights/network.")
+    files: list[list[str]] = [[]]
+    room = PLAIN_FILE_BYTES
+    for name in weights.places:
+        size = 4 * math.prod(weights.shape(name))
+        if size > room and files[-1]:
+            files.append([])
+            room = PLAIN_FILE_BYTES
+        files[-1].append(name)
+        room -= size
+    index: dict[str, str] = {}
+    for i, names in enumerate(files):
+        file = "model.safetensors"
+        if len(files) > 1:
+            file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        checkpoints.save_tensors({name: weights.whole(name) for name in names}, folder / file)
+        index |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        total = sum(4 * math.prod(weights.shape(name)) for name in weights.places)
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+
+
+def write_shard(folder: Path, tensors: Tensors, index: int, count: int) -> tuple[int, bytes]:
+    """Runs in the thread of each rank. Return size and SHA-256 of the file; (0, b"") if this rank has none.
+    Raises OSError.
+    """
+    if not tensors:
+        return 0, b""
+    path = folder / shard_name(index, count)
+    checkpoints.save_tensors(tensors, path)
+    sync(path)
+    description = describe_file(path)
+    return description["size"], bytes.fromhex(description["sha256"])
