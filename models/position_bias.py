@@ -43,7 +43,8 @@ def biased_mask(
     from transformers.integrations.sdpa_attention import create_position_bias_mask
 
     kept = getattr(position_bias, "_plainloop_mask", None)
-    if kept is not None and kept[0] is attention_mask and kept[1].dtype == query.dtype:
+    shared = getattr(module, "shares_mask", True)
+    if shared and kept is not None and kept[0] is attention_mask and kept[1].dtype == query.dtype:
         return kept[1]
     causal = attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", False)
     mask: Tensor = create_position_bias_mask(
@@ -52,9 +53,18 @@ def biased_mask(
     # No cache when compiling: the compiler merges equal computations. None on a leaf with a gradient (T5's
     # cross-attention when activations are recomputed): it would hold its own graph, a cycle never freed.
     leaf = position_bias.is_leaf and position_bias.requires_grad
-    if not leaf and not torch.compiler.is_compiling():
+    if shared and not leaf and not torch.compiler.is_compiling():
         position_bias._plainloop_mask = (attention_mask, mask)  # type: ignore[attr-defined]
     return mask
+
+
+def mask_in_each_layer(network: Any) -> None:
+    """Let each layer make its own mask. For activation checkpointing of a sharded network: in its forward
+    pass FSDP hands each layer new tensors, but not when the layer is recomputed, and what it finds must be
+    the same.
+    """
+    for module in network.modules():
+        module.shares_mask = False
 
 
 def share_position_bias(network: Any) -> None:

@@ -202,12 +202,14 @@ def metrics() -> Callable[[str | Path, str], list[dict[str, Any]]]:
 
 @pytest.fixture
 def tensors() -> Callable[[str | Path, int], dict[str, Any]]:
-    """All tensors of a checkpoint: weights and optimizer state."""
+    """All tensors of a checkpoint: weights and optimizer state, of a sharded one by file."""
 
     def read(run_dir: str | Path, step: int) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         folder = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+        if shards := sorted(folder.glob("shard-*")):
+            return {f"{file.name} {name}": t for file in shards for name, t in load_file(file).items()}
         return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
 
     return read

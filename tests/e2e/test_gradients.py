@@ -12,8 +12,9 @@ WORKER = Path(__file__).parents[1] / "helpers/gradient_worker.py"
 
 
 def gradients(
-    folder: Path, processes: int, batch_size: int, tokens: int, task: str, *paths: Path
+    folder: Path, processes: int, batch_size: int, tokens: int, task: str, *paths: Path, more: str = ""
 ) -> dict[str, torch.Tensor]:
+    """more: "SHARD_SIZE [recompute]" for FSDP."""
     out = folder / f"{processes}-{batch_size}-{tokens}.safetensors"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     line = [
@@ -25,8 +26,9 @@ def gradients(
         str(tokens),
     ]
     result = subprocess.run(
-        [*line, task, *map(str, paths), str(folder / "cache")], capture_output=True, text=True, timeout=200
-    )
+        [*line, task, *map(str, paths), str(folder / "cache"), *more.split()],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     if tokens == 100:
         assert "micro_batches=1\n" not in result.stdout
@@ -64,4 +66,30 @@ def test_gradients_do_not_depend_on_micro_batches_or_ranks(
     few = gradients(tmp_path, 1, 2, 100_000, task, *paths)
     difference = relative_difference(gradients(tmp_path, 3, 2, 100_000, task, *paths), few)
     print(f"{task}, 3 processes, one without rows: {difference:.1e}")
+    assert difference < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["span", "text"])
+def test_gradients_of_sharded_models(
+    tmp_path: Path,
+    task: str,
+    tiny_model: Path,
+    squad_file: Path,
+    tiny_t5: Path,
+    text_files: tuple[Path, Path],
+) -> None:
+    """FSDP on 2 and 4 ranks, hybrid on 2 x 2, with micro-batches, with recomputed activations; 3 ranks of
+    which one has no rows.
+    """
+    paths = (tiny_model, squad_file) if task == "span" else (tiny_t5, text_files[0])
+    whole = gradients(tmp_path, 1, 16, 100_000, task, *paths)
+    for ranks, more in ((2, "2"), (4, "4"), (4, "2"), (2, "2 recompute"), (4, "2 recompute")):
+        found = gradients(tmp_path, ranks, 16, 100, task, *paths, more=more)
+        difference = relative_difference(found, whole)
+        print(f"{task}, {ranks} processes, shard size {more}: {difference:.1e}")
+        assert difference < 1e-6
+    few = gradients(tmp_path, 1, 2, 100_000, task, *paths)
+    difference = relative_difference(gradients(tmp_path, 3, 2, 100_000, task, *paths, more="3"), few)
+    print(f"{task}, 3 sharded processes, one without rows: {difference:.1e}")
     assert difference < 1e-6

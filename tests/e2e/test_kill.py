@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-KILLS = {"saving": 24, "any": 17, "agent": 3}
+KILLS = {"ddp": {"saving": 24, "any": 17, "agent": 3}, "fsdp": {"saving": 10, "any": 9, "agent": 1}}
 
 
 @pytest.mark.slow
@@ -37,8 +37,16 @@ def test_resume_is_exact_on_more_ranks(
 
 
 @pytest.mark.slow
-def test_forty_kills(
-    start: Any, finish: Any, options: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_many_kills(
+    mode: str,
+    start: Any,
+    finish: Any,
+    options: Any,
+    metrics: Any,
+    tensors: Any,
+    assert_same_bits: Any,
+    tmp_path: Path,
 ) -> None:
     """SIGKILL a random rank, or sometimes the agent: many kills 0 to 250 ms after a save began, the others at
     any moment. With dropout, buckets, loader workers, evaluations and asynchronous saves.
@@ -46,11 +54,13 @@ def test_forty_kills(
     seed = int(os.environ.get("PLAINLOOP_KILL_SEED") or time.time_ns() % 10**6)
     print(f"PLAINLOOP_KILL_SEED={seed}")
     chance = random.Random(seed)
-    kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
+    kinds = [kind for kind, count in KILLS[mode].items() for _ in range(count)]
     chance.shuffle(kinds)
-    steps = 15 * 16
+    epochs = len(kinds) // 5 * 2
+    steps = 15 * epochs
     changes = {
-        "epochs": 16, "checkpoint.every_steps": 4, "data.dev": options["data.train"],
+        "parallel.mode": mode, "epochs": epochs, "checkpoint.every_steps": 4,
+        "data.dev": options["data.train"],
         "evaluation.every_steps": 10, "data.workers": 1,
     }  # fmt: skip
     whole = finish(2, restarts=0, run_dir=tmp_path / "whole", **changes)

@@ -25,7 +25,7 @@ from plainloop.data.tokenise import in_chunks
 from plainloop.models.cpu_dropout import speed_up_dropout
 from plainloop.models.load import checkpoint_activations, save_network
 from plainloop.models.on_meta import read_weights, weights_later
-from plainloop.models.position_bias import share_position_bias
+from plainloop.models.position_bias import mask_in_each_layer, share_position_bias
 from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.config.parse import flatten
 from plainloop.trainer.config.validate import FREE_ON_RESUME
@@ -247,6 +247,8 @@ def load_model(
     else:
         share_position_bias(model.network)
     if sharded:
+        if config.model.activation_checkpointing:
+            mask_in_each_layer(model.network)
         size, dtype = config.parallel.shard_size, config.parallel.gather_dtype
         shard(model, world, shard_size=size, gather_dtype=dtype)
     if weights is not None:

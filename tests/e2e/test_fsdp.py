@@ -1,0 +1,179 @@
+"""Sharded runs: the same curve as one process, exact resume, any number of ranks reads their checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plainloop.trainer.cli import main
+
+FSDP = {"parallel.mode": "fsdp"}
+STILL = {"model.dropout": 0, "model.attention_dropout": 0}
+SHARDS = ["shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"]
+
+
+def curve(metrics: Any, run_dir: Any, kind: str = "train") -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in metrics(run_dir, kind)}
+
+
+def difference(left: dict[int, float], right: dict[int, float]) -> float:
+    """The largest relative difference."""
+    assert left.keys() == right.keys()
+    return max(abs(left[step] - right[step]) / right[step] for step in left)
+
+
+@pytest.mark.parametrize(
+    ("task", "ranks"),
+    [("span", 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("span", 4), ("text", 3)))],
+)
+def test_the_curve_and_the_answers_are_those_of_one_process(
+    task: str, ranks: int, request: Any, launch: Any, metrics: Any, tmp_path: Path
+) -> None:
+    if task == "span":
+        options = request.getfixturevalue("options") | STILL
+        options |= {"data.dev": options["data.train"], "evaluation.num_best": 3}
+    else:
+        dev = str(request.getfixturevalue("text_files")[1])
+        options = request.getfixturevalue("text_options") | {"model.dropout": 0, "data.dev": dev}
+        options |= {"evaluation.tokens_per_device": 400}
+    options |= {"evaluation.every_steps": 0}
+    launch(0, "train", options | {"run_dir": tmp_path / "one"})
+    launch(ranks, "train", options | FSDP | {"run_dir": tmp_path / "many"})
+    found = difference(curve(metrics, tmp_path / "many"), curve(metrics, tmp_path / "one"))
+    print(f"{task}, {ranks} ranks: 30 losses within {found:.1e}")
+    assert found < 1e-5
+    one, many = (
+        {path.name: json.loads(path.read_text()) for path in (tmp_path / run / "evaluation").iterdir()}
+        for run in ("one", "many")
+    )
+    assert one.keys() == many.keys()
+    if task == "span":
+        assert one["predictions.json"] == many["predictions.json"] and len(one["predictions.json"]) == 120
+    else:  # texts, references, questions
+        found, expected = (run["results.json"] for run in (many, one))
+        del found["checkpoint"], expected["checkpoint"], found["metrics"], expected["metrics"]
+        assert found == expected and all(len(texts) == 40 for texts in found.values())
+    assert many["metrics.json"] == pytest.approx(one["metrics.json"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_resume_gives_the_same_bits(
+    ranks: int, options: Any, launch: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+) -> None:
+    """Dropout is on, and every rank has several micro-batches."""
+    changes = FSDP | {"tokens_per_device": 100, "max_steps": 6, "checkpoint.every_steps": 2, "seed": 3}
+    launch(ranks, "train", options | changes)
+    stopped = options | changes | {"run_dir": tmp_path / "stopped"}
+    launch(ranks, "train", stopped | {"stop_at_step": 3}, expect=1)  # torchrun's code for 75
+    resumed = launch(ranks, "train", stopped)
+    assert "guaranteed: the same bits" in resumed.stdout + resumed.stderr
+    assert_same_bits(tensors(tmp_path / "stopped", 6), tensors(options["run_dir"], 6))
+    assert curve(metrics, tmp_path / "stopped") == curve(metrics, options["run_dir"])
+
+
+def test_another_layout_reads_the_checkpoint(options: Any, launch: Any, metrics: Any, tmp_path: Path) -> None:
+    """4 ranks, then 2, then one with ddp, then hybrid on 4: the same batches and losses as one process."""
+    options |= STILL | {"max_steps": 12}
+    launch(0, "train", options | {"run_dir": tmp_path / "whole"})
+    launch(4, "train", options | FSDP | {"stop_at_step": 3}, expect=1)
+    launch(2, "train", options | FSDP | {"stop_at_step": 6}, expect=1)
+    result = launch(0, "train", options | {"stop_at_step": 9}, expect=75)
+    assert "different rounding: " in result.stdout + result.stderr
+    launch(4, "train", options | FSDP | {"parallel.shard_size": 2})
+    found = difference(curve(metrics, options["run_dir"]), curve(metrics, tmp_path / "whole"))
+    print(f"fsdp 4, fsdp 2, ddp 1, hybrid 2 x 2: 12 losses within {found:.1e}")
+    assert found < 1e-5
+    assert {p.name for p in Path(options["run_dir"], "checkpoints").glob("*12/shard-*")} == set(SHARDS)
+
+
+def test_damaged_shards_and_plain_weights(
+    options: Any, launch: Any, metrics: Any, tensors: Any, tmp_path: Path, capsys: Any
+) -> None:
+    from transformers import AutoModelForQuestionAnswering
+
+    run = Path(options["run_dir"])
+    keep = {"checkpoint.every_steps": 2, "checkpoint.keep_last": 9, "max_steps": 6}
+    launch(2, "train", options | FSDP | keep)
+    folders = sorted((run / "checkpoints").iterdir())
+    assert [f.name[-1] for f in folders] == ["2", "4", "6"]
+    # The last has the weights for other tools too: those in the shards.
+    assert [(f / "model.safetensors").exists() for f in folders] == [False, False, True]
+    parts = [load_file(folders[2] / name) for name in SHARDS]
+    network = AutoModelForQuestionAnswering.from_pretrained(folders[2])
+    for name, weight in network.named_parameters():
+        split = [part[f"weights/network.{name}"] for part in parts]
+        assert torch.equal(torch.cat(split), weight), name
+    # A checkpoint that has only shards can be used and exported.
+    data = ["--data", options["data.train"]]
+    assert main(["evaluate", "--model", str(folders[1]), *data]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert main(["export", str(folders[1]), "--out", str(tmp_path / "plain")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(tmp_path / "plain"), *data]) == 0
+    assert json.loads(capsys.readouterr().out) == score
+    # A flipped bit in one shard, a shard that is gone: the checkpoint before is taken.
+    content = bytearray((folders[2] / SHARDS[1]).read_bytes())
+    content[-5] ^= 16
+    (folders[2] / SHARDS[1]).write_bytes(content)
+    (folders[1] / SHARDS[0]).unlink()
+    result = launch(2, "train", options | FSDP | keep)
+    said = result.stdout + result.stderr
+    assert f"{SHARDS[1]} has a different SHA-256" in said and f"{SHARDS[0]} is missing" in said
+    assert "resuming from" in said and "step-00000002 at step 2" in said
+    assert sorted(curve(metrics, run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_ends_without_a_partial_checkpoint(options: Any, launch: Any, small_disk: Path) -> None:
+    run = small_disk / "run"
+    (small_disk / "filler").write_bytes(bytes(7_300_000))
+    result = launch(2, "train", options | FSDP | {"run_dir": run, "max_steps": 2}, expect=1)
+    assert (
+        "the last checkpoint could not be written" in result.stderr
+        and "Traceback" not in (result.stderr.partition("torch/distributed")[0])
+    )
+    assert list((run / "checkpoints").iterdir()) == []
+    (small_disk / "filler").unlink()
+    launch(2, "train", options | FSDP | {"run_dir": run, "max_steps": 2})
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_the_optimizer_of_the_best_can_be_dropped(options: Any, launch: Any) -> None:
+    changes = {
+        "data.dev": options["data.train"], "evaluation.every_steps": 2, "checkpoint.every_steps": 2,
+        "evaluation.best_metric": "HasAns_exact", "checkpoint.keep_last": 1, "max_steps": 6,
+        "checkpoint.keep_optimizer": "last",
+    }  # fmt: skip
+    launch(2, "train", options | FSDP | changes)
+    best = (Path(options["run_dir"]) / "best").resolve()
+    assert best.name == "step-00000002"  # all are 0: the first is the best
+    names = {path.name for path in best.iterdir()}
+    assert "model.safetensors" in names and not names & set(SHARDS)
+    assert main(["evaluate", "--model", str(best), "--data", options["data.train"]]) == 0
+    shutil.rmtree(max((Path(options["run_dir"]) / "checkpoints").iterdir()))
+    result = launch(2, "train", options | FSDP | changes, expect=1)
+    assert "was kept without its optimizer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": "fsdp"}, "parallel fsdp: needs several processes; start with torchrun"),
+        ({"parallel.shard_size": 2}, "parallel.shard_size has no effect with parallel ddp"),
+        ({**FSDP, "parallel.shard_size": 1}, "parallel.shard_size is 1, but must be at least 2"),
+        ({**FSDP, "optim.name": "adafactor"}, "adafactor works on whole matrices"),
+        ({"parallel": "zero"}, "parallel.mode"),
+    ],
+)
+def test_bad_options_are_one_line(changes: Any, message: str, options: Any, launch: Any) -> None:
+    result = launch(0, "train", options | changes, expect=2)
+    assert message in result.stderr and result.stderr.count("error:") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_the_ranks_must_be_a_multiple_of_the_shards(options: Any, launch: Any) -> None:
+    result = launch(2, "train", options | FSDP | {"parallel.shard_size": 3}, expect=1)
+    assert "parallel.shard_size 3: must be at least 2 and divide the number of ranks, 2" in result.stderr
