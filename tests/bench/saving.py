@@ -22,6 +22,7 @@ from plainloop.models.load import save_network
 from plainloop.models.spans import SpanModel
 from plainloop.trainer.checkpoint.writer import SaveCheckpoint
 from plainloop.trainer.config.options import CheckpointConfig, OptimConfig
+from plainloop.trainer.distributed.parallel import Parallel
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.optim import make_optimizer
 from plainloop.trainer.run_folder.log import Log
@@ -49,7 +50,11 @@ def main(rounds: int, parent: str | None) -> None:
     )
     model = SpanModel(network)
     state = TrainState(
-        model, model, make_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False), CPU
+        model,
+        Parallel(model),
+        make_optimizer(model, OptimConfig()),
+        torch.amp.GradScaler("cpu", enabled=False),
+        CPU,
     )
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
     figures: dict[str, list[float]] = {"synchronous": [], "stall": [], "beside": [], "alone": []}

@@ -75,6 +75,7 @@ def test_resume_gives_the_same_bits(
     assert curve(metrics, tmp_path / "stopped") == curve(metrics, options["run_dir"])
 
 
+@pytest.mark.slow
 def test_another_layout_reads_the_checkpoint(options: Any, launch: Any, metrics: Any, tmp_path: Path) -> None:
     """4 ranks, then 2, then one with ddp, then hybrid on 4: the same batches and losses as one process."""
     options |= STILL | {"max_steps": 12}
@@ -127,6 +128,7 @@ def test_damaged_shards_and_plain_weights(
     assert sorted(curve(metrics, run)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_without_a_partial_checkpoint(options: Any, launch: Any, small_disk: Path) -> None:
     run = small_disk / "run"
     (small_disk / "filler").write_bytes(bytes(7_300_000))
@@ -141,6 +143,7 @@ def test_a_full_disk_ends_without_a_partial_checkpoint(options: Any, launch: Any
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_the_best_can_be_dropped(options: Any, launch: Any) -> None:
     changes = {
         "data.dev": options["data.train"], "evaluation.every_steps": 2, "checkpoint.every_steps": 2,

@@ -31,6 +31,7 @@ from plainloop.trainer import hooks, loop
 from plainloop.trainer.checkpoint import folder as checkpoints
 from plainloop.trainer.checkpoint.host_copy import HostCopy
 from plainloop.trainer.config.options import OptimConfig
+from plainloop.trainer.distributed.parallel import Parallel
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.optim import make_optimizer
 from plainloop.trainer.precision import make_scaler
@@ -66,7 +67,7 @@ def make(device: torch.device) -> tuple[TrainState, loop.StepOptions]:
         share_position_bias(model.network)
     model = model.to(device).train()
     optimizer = make_optimizer(model, OptimConfig(name=optimizer_name))
-    state = TrainState(model, model, optimizer, make_scaler("fp32", CPU), device)
+    state = TrainState(model, Parallel(model), optimizer, make_scaler("fp32", CPU), device)
     loss: Any = span_loss_sum if task == "span" else token_loss_sum
     return state, loop.StepOptions(loss, lambda _: 1e-3, World(0, 1, 0, device), 1, precision, 1.0)
 

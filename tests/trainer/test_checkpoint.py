@@ -19,6 +19,7 @@ from plainloop.trainer.checkpoint.folder import (
     verify,
 )
 from plainloop.trainer.checkpoint.retention import retain
+from plainloop.trainer.distributed.parallel import Parallel
 from plainloop.trainer.errors import RunError
 from plainloop.trainer.run_folder.files import write_atomically
 from plainloop.trainer.state import TrainState
@@ -31,7 +32,7 @@ def state_at(step: int) -> TrainState:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = TrainState(
-        model, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu")
+        model, Parallel(model), optimizer, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu")
     )
     state.step = step
     return state

@@ -12,6 +12,7 @@ import torch
 from plainloop.data.errors import InputError
 from plainloop.data.types import MicroBatch, StepBatch
 from plainloop.trainer.config.options import OptimConfig
+from plainloop.trainer.distributed.parallel import Parallel
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import RunError
 from plainloop.trainer.loop import StepOptions, Verdict, dropout_seed, train_step
@@ -32,7 +33,9 @@ class Linear(torch.nn.Linear):
 def make(precision: str = "fp32") -> tuple[TrainState, StepOptions]:
     torch.manual_seed(0)
     model = Linear(3, 1)
-    state = TrainState(model, model, make_optimizer(model, OptimConfig()), make_scaler(precision, CPU), CPU)
+    state = TrainState(
+        model, Parallel(model), make_optimizer(model, OptimConfig()), make_scaler(precision, CPU), CPU
+    )
 
     def loss_sum(logits: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
         return ((logits.float() - labels["y"]) ** 2).sum()
@@ -273,7 +276,9 @@ def test_train_step_never_reads_a_value_from_the_device(task: str, tiny_model: P
         model, loss_sum = load_seq2seq_model(str(tiny_t5)).train(), token_loss_sum
         inputs |= {"decoder_input_ids": torch.tensor([[0, 5, 6], [0, 7, 0]]), "scored": torch.arange(5)}
         labels = {"target": torch.tensor([5, 6, 1, 7, 1])}
-    state = TrainState(model, model, make_optimizer(model, OptimConfig()), make_scaler("bf16", CPU), CPU)
+    state = TrainState(
+        model, Parallel(model), make_optimizer(model, OptimConfig()), make_scaler("bf16", CPU), CPU
+    )
     options = StepOptions(loss_sum, lambda _: 1e-3, World(0, 1, 0, CPU), 1, "bf16", 1.0)
     parts = [MicroBatch(inputs, labels)] * 2
     step = StepBatch(parts, num_targets=4, examples=4, tokens=50, padded_tokens=64, rows=np.arange(4))

@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from plainloop.trainer.run_folder.files import (
     MANIFEST,
     describe_file,
     file_fault,
+    make_durable,
     sync,
 )
 from plainloop.trainer.run_folder.tensors import SHARD, open_shards, open_tensors, shard_name
@@ -98,7 +98,7 @@ def publish(
         known = known or {}
         manifest = {f.name: known.get(f.name) or describe_file(f) for f in sorted(temporary.iterdir())}
         _write_json(temporary / MANIFEST, manifest)
-        _make_durable(temporary)
+        make_durable(temporary)
         require_ownership()
         if final.exists():  # damaged ones were set aside on resume, so this one is good
             shutil.rmtree(final)
@@ -287,22 +287,3 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _make_durable(folder: Path) -> None:
-    """Set permissions from the umask (safetensors writes 0600) and fsync everything."""
-    umask = _umask()
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
-        sync(file)
-    sync(folder)
-
-
-def _umask() -> int:
-    """Read the umask. On Linux without setting it, since another thread may be creating a file."""
-    if not sys.platform.startswith("linux"):
-        umask = os.umask(0)
-        os.umask(umask)
-        return umask
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))

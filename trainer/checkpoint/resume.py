@@ -22,6 +22,8 @@ from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import sweep, write_atomically
 from plainloop.trainer.run_folder.log import Log
 
+PARALLEL = ("parallel.mode", "parallel.shard_size", "parallel.gather_dtype")
+
 
 def find_checkpoint(run_dir: Path, world: World, log: Log) -> Checkpoint | None:
     """All ranks. Rank 0 finds the newest good checkpoint of this run and broadcasts it. Raises InputError."""
@@ -88,7 +90,7 @@ def guarantee(found: Checkpoint, config: TrainConfig, metadata: dict[str, Any]) 
         f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before.get(name, now[name])
     ]
     old, new = (flatten(c) for c in (found.state["config"], asdict(config)))
-    options = ("model.compile", "model.activation_checkpointing", "data.num_widths")
+    options = ("model.compile", "model.activation_checkpointing", "data.num_widths", *PARALLEL)
     changed += [name for name in options if old.get(name, new[name]) != new[name]]
     if found.state["fingerprint"] is None:
         return (

@@ -219,6 +219,8 @@ class Doctor:
             f"a rank needs about {needed / 1e9:.1f} GB with micro-batches of {wanted} tokens;"
             f" {where}: {memory / 1e9:.1f} GB"
         )
+        if config.parallel.mode == "fsdp":
+            return f"{text}; that is for ddp: with fsdp, ranks share the weights and the optimizer state"
         if needed > memory:
             remedy = f"--tokens_per_device {fits} fits" if fits else "not even 256 tokens fit"
             raise InputError(f"{text}; {remedy}; --model.activation_checkpointing true needs less.")

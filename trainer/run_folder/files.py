@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_durable(folder: Path) -> None:
+    """Set permissions from the umask (safetensors writes 0600) and fsync everything."""
+    umask = _umask()
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
+        sync(file)
+    sync(folder)
+
+
+def _umask() -> int:
+    """Read the umask. On Linux without setting it, since another thread may be creating a file."""
+    if not sys.platform.startswith("linux"):
+        umask = os.umask(0)
+        os.umask(umask)
+        return umask
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))
 
 
 def sweep(folder: Path) -> None:

@@ -1,0 +1,109 @@
+"""Peak memory of a rank with a model of 409 M parameters: whole on one rank, or sharded over 2 and 4.
+
+usage: python tests/bench/sharding.py
+Peak resident memory above that of the imports, after loading, two steps, and a copy and save of the state.
+Pages of the model's file that were read count too, though the kernel may drop them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from common import setup
+
+TINY = "TINY" in os.environ  # smoke test: one round
+LAYERS = 2 if TINY else 30
+
+
+def peak_gb() -> float:
+    """Peak resident memory of this process, in 1e9 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def make_model(folder: Path, tokenizer: str) -> None:
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        if (file := Path(tokenizer) / name).exists():
+            shutil.copy(file, folder)
+    config = BertConfig(
+        hidden_size=1024, num_hidden_layers=LAYERS, num_attention_heads=16, intermediate_size=4096
+    )
+    torch.manual_seed(0)
+    BertForQuestionAnswering(config).save_pretrained(folder)
+
+
+def measure(cache: str, model_path: str, ranks: int) -> None:
+    """All ranks. Rank 0 prints, as JSON, the peak of its memory after each phase and the parameters."""
+    import torch
+
+    from plainloop.trainer.checkpoint.host_copy import HostCopy
+    from plainloop.trainer.checkpoint.sharded import shard_tensors, write_shard
+    from plainloop.trainer.config.options import ParallelConfig
+    from plainloop.trainer.distributed.world import process_group
+    from plainloop.trainer.hooks import warm_up
+    from plainloop.trainer.loop import StepOptions, train_step
+    from plainloop.trainer.run import new_state
+    from plainloop.trainer.tasks import base as tasks
+
+    bench = setup(cache, threads=1, limit=64)
+    mode = ParallelConfig(mode="fsdp" if ranks > 1 else "ddp")
+    config = replace(bench.config, parallel=mode, precision="fp32", batch_size=4)
+    world, task = bench.world, bench.task
+    steps = tasks.make_steps(task, bench.data, config, world, max_tokens=256)
+    with process_group(world, timeout_s=600):
+        base, peaks = peak_gb(), {}
+        model = tasks.load_model(task, model_path, config, world, new_head=False, sharded=ranks > 1).train()
+        peaks["load"] = peak_gb() - base
+        state = new_state(model, config, world)
+        options = StepOptions(task.loss_sum, lambda _: 1e-5, world, 1, "fp32", 1.0)
+        warm_up(state, steps.largest()[:1], options)
+        for step in range(2):
+            train_step(state, steps[step], options)
+        peaks["step"] = peak_gb() - base
+        tensors = HostCopy()(shard_tensors(state, first=world.rank == 0))
+        (Path(model_path) / f"out-{ranks}").mkdir(exist_ok=True)
+        write_shard(Path(model_path) / f"out-{ranks}", tensors, world.rank, ranks)
+        peaks["save"] = peak_gb() - base
+        torch.distributed.barrier() if ranks > 1 else None
+        if world.is_main:
+            parameters = sum(p.numel() for p in model.parameters())
+            print(json.dumps({"parameters": parameters, **peaks}), flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        from plainloop.data.processes import exit_rank
+
+        measure(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        exit_rank()
+    with tempfile.TemporaryDirectory() as root:
+        bench = setup(root, limit=64)
+        model = Path(root) / "model"
+        model.mkdir()
+        make_model(model, bench.path)
+        for ranks in (1, 2) if TINY else (1, 2, 4):
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            line = [sys.executable, *launcher, __file__, "--child", root, str(model), str(ranks)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            result = subprocess.run(line, capture_output=True, text=True, env=environment)
+            if result.returncode:
+                raise SystemExit(result.stderr[-3000:])
+            found = json.loads([text for text in result.stdout.splitlines() if text.startswith("{")][-1])
+            parameters = found.pop("parameters")
+            shares = ", ".join(f"{name} {value:.2f} GB" for name, value in found.items())
+            print(f"{parameters / 1e6:.0f} M parameters, rank 0 of {ranks}: {shares}", flush=True)
+            shutil.rmtree(model / f"out-{ranks}")
+
+
+if __name__ == "__main__":
+    main()
