@@ -188,7 +188,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over the ranks (docs/sharding.md). `--parallel fsdp` is short for `--parallel.mode fsdp`."""
+    """How the model is spread over the ranks: docs/sharding.md.
+
+    `--parallel fsdp` is short for `--parallel.mode fsdp`.
+    """
 
     mode: Literal["ddp", "fsdp"] = option(
         "ddp",
