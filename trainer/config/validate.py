@@ -46,6 +46,8 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
         faults += _without_effect(config, ["parallel.shard_size", "parallel.gather_dtype"], "parallel ddp")
     elif config.optim.name == "adafactor":
         faults.append("optim.name adafactor works on whole matrices, which parallel fsdp does not have")
+    elif config.model.compile:
+        faults.append("model.compile works only with parallel ddp; remove it")
     if config.evaluation.metric == "squad":
         faults += _without_effect(config, ["evaluation.language"], "evaluation.metric squad")
     if (metric := config.evaluation.best_metric) not in metric_names:

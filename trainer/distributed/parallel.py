@@ -95,8 +95,6 @@ def parallelise(
 ) -> Parallel:
     """All ranks. Spread a model over the ranks, unless `shard` has done so. compiled: compiles a module."""
     if (shards := getattr(module, "plainloop_shards", 0)) > 0:
-        for block in blocks(module) if compiled else []:
-            block.compile(dynamic=True)
         return Sharded(module, shards)
     module = compiled(module) if compiled else module
     return Replicated(module, world) if world.size > 1 else Parallel(module)
