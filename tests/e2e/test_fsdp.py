@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plainloop.trainer.checkpoint.sharded import write_shard
 from plainloop.trainer.cli import main
 
 FSDP = {"parallel.mode": "fsdp"}
@@ -181,3 +182,9 @@ def test_bad_options_are_one_line(changes: Any, message: str, options: Any, laun
 def test_the_ranks_must_be_a_multiple_of_the_shards(options: Any, launch: Any) -> None:
     result = launch(2, "train", options | FSDP | {"parallel.shard_size": 3}, expect=1)
     assert "parallel.shard_size 3: must be at least 2 and divide the number of ranks, 2" in result.stderr
+
+
+def test_a_disk_that_fills_up_while_a_shard_is_written(small_disk: Path) -> None:
+    """safetensors does not raise an OSError; without one, a rank would end the run with a traceback."""
+    with pytest.raises(OSError, match="No space left"):
+        write_shard(small_disk, {"weights/a": torch.zeros(3_000_000)}, 0, 2)

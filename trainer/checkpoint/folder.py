@@ -13,12 +13,13 @@ A checkpoint is written to a .tmp-* folder, fsynced, and published by one atomic
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from plainloop.trainer.run_folder.files import (
     make_durable,
     sync,
 )
-from plainloop.trainer.run_folder.tensors import SHARD, open_shards, open_tensors, shard_name
+from plainloop.trainer.run_folder.tensors import SHARD, complete_set, open_shards, open_tensors
 from plainloop.trainer.state import TrainState
 
 FORMAT = 3  # of state.json; `upgrade` reads the one before
@@ -93,7 +94,8 @@ def publish(
     folder = temporary.parent
     final = folder / f"{PREFIX}{state['step']:08d}"
     try:
-        fill(temporary)
+        with _rust_errors(temporary):
+            fill(temporary)
         _write_json(temporary / "state.json", {"format": FORMAT, **state})
         known = known or {}
         manifest = {f.name: known.get(f.name) or describe_file(f) for f in sorted(temporary.iterdir())}
@@ -104,13 +106,22 @@ def publish(
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync(folder)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if (found := re.search(r"os error (\d+)", str(error))) and not isinstance(error, OSError):
-            number = int(found.group(1))  # from Rust code: safetensors, tokenizers
-            raise OSError(number, os.strerror(number), str(temporary)) from None
         raise
     return final
+
+
+@contextlib.contextmanager
+def _rust_errors(path: Path) -> Iterator[None]:
+    """Make an OSError of an I/O error in Rust code: safetensors, tokenizers."""
+    try:
+        yield
+    except Exception as error:
+        if (found := re.search(r"os error (\d+)", str(error))) and not isinstance(error, OSError):
+            number = int(found.group(1))
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
 
 
 def restore(state: TrainState, checkpoint: Checkpoint, *, is_main: bool) -> None:
@@ -196,10 +207,8 @@ def verify(path: Path) -> str | None:
                 fault = f"{name} is missing"
             if fault and not (holds_optimizer(name) and not has_optimizer(path)):  # it was dropped meanwhile
                 return fault
-        shards = [match for match in map(SHARD.fullmatch, manifest) if match]
-        optimizer = (
-            {shard_name(i, int(shards[0][2])) for i in range(int(shards[0][2]))} if shards else {OPTIMIZER}
-        )
+        shards = complete_set(manifest)
+        optimizer = shards or {OPTIMIZER}
         if missing := {"config.json", "state.json", *optimizer} - set(manifest):
             return f"{MANIFEST} does not list {sorted(missing)}"
         plain = any(name.startswith("model") and name.endswith(".safetensors") for name in manifest)
@@ -282,7 +291,8 @@ def counters(state: TrainState) -> dict[str, Any]:
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    with _rust_errors(path):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -53,7 +53,7 @@ class Part(Save):
 
     temporary: Path = Path()
     record: dict[str, Any] = field(default_factory=dict)
-    tensors: Tensors = field(default_factory=dict)
+    began: float = 0.0
     publishing: bool = False
 
 
@@ -99,7 +99,7 @@ class SaveShards(SaveCheckpoint):
         result = self._thread.submit(write_shard, temporary, tensors, self.world.rank, self._shards())
         self.in_progress = Part(
             state.step, time.perf_counter() - started, result, temporary,
-            record | {"plain": plain > 0}, tensors,
+            record | {"plain": plain > 0}, started,
         )  # fmt: skip
         if not self.config.async_:
             self._collect(wait=True)
@@ -168,7 +168,7 @@ class SaveShards(SaveCheckpoint):
     def _publish(self, part: Part, notes: list[list[int]]) -> tuple[Path, float]:
         """Runs in rank 0's thread."""
         record = {name: value for name, value in part.record.items() if name != "plain"}
-        started, count = time.perf_counter(), self._shards()
+        count = self._shards()
         known = {shard_name(i, count): _described(note) for i, note in enumerate(notes)}
         path = checkpoints.publish(
             part.temporary,
@@ -178,7 +178,7 @@ class SaveShards(SaveCheckpoint):
             require_ownership=self.folder.require_ownership,
         )
         self._retain_and_point(record["evaluations"])
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - part.began
         self.progress.stop_time.save_s = round(seconds, 3)
         self.folder.progress(step=record["step"], stop_time=asdict(self.progress.stop_time))
         return path, seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
 
 def shard_name(index: int, count: int) -> str:
     return f"shard-{index:05d}-of-{count:05d}.safetensors"
+
+
+def complete_set(names: Iterable[str]) -> set[str]:
+    """All shards of the checkpoint to which the shards among these file names belong; empty without any."""
+    counts = [int(match[2]) for match in map(SHARD.fullmatch, names) if match]
+    return {shard_name(i, counts[0]) for i in range(counts[0])} if counts else set()
 
 
 class Tensors:
@@ -71,11 +77,8 @@ class Tensors:
 
 def open_shards(folder: Path) -> Tensors | None:
     """The tensors in the shards of a checkpoint; None if it has no shards."""
-    found = [match for path in folder.glob("shard-*.safetensors") if (match := SHARD.fullmatch(path.name))]
-    if not found:
-        return None
-    count = int(found[0][2])
-    return open_tensors([folder / shard_name(i, count) for i in range(count)])
+    names = complete_set(path.name for path in folder.glob("shard-*.safetensors"))
+    return open_tensors([folder / name for name in sorted(names)]) if names else None
 
 
 def open_pretrained(path: str) -> Tensors:
