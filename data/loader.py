@@ -143,7 +143,8 @@ class Steps(Dataset[StepBatch]):
         shares = self.split(rows)
         micro_batches = [self.collate(share) for share in shares[self.rank]]
         wanted = max(map(len, shares)) if self.lockstep else 1
-        micro_batches += [self._empty(rows)] * (wanted - len(micro_batches))
+        while len(micro_batches) < wanted:
+            micro_batches.append(self._empty(rows))
         return StepBatch(
             micro_batches,
             num_targets=int(self.num_targets[rows].sum()),
