@@ -61,7 +61,8 @@ def test_the_curve_and_the_answers_are_those_of_one_process(
     assert many["metrics.json"] == pytest.approx(one["metrics.json"], rel=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_resume_gives_the_same_bits(
     ranks: int, options: Any, launch: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_another_layout_reads_the_checkpoint(options: Any, launch: Any, metrics:
     assert {p.name for p in Path(options["run_dir"], "checkpoints").glob("*12/shard-*")} == set(SHARDS)
 
 
+@pytest.mark.slow
 def test_damaged_shards_and_plain_weights(
     options: Any, launch: Any, metrics: Any, tensors: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -179,6 +181,7 @@ def test_bad_options_are_one_line(changes: Any, message: str, options: Any, laun
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_the_ranks_must_be_a_multiple_of_the_shards(options: Any, launch: Any) -> None:
     result = launch(2, "train", options | FSDP | {"parallel.shard_size": 3}, expect=1)
     assert "parallel.shard_size 3: must be at least 2 and divide the number of ranks, 2" in result.stderr
