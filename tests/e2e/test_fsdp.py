@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plainloop.trainer.checkpoint.folder import verify
+from plainloop.trainer.checkpoint.retention import drop_optimizer
 from plainloop.trainer.checkpoint.sharded import write_shard
 from plainloop.trainer.cli import main
 
@@ -111,6 +113,8 @@ def test_damaged_shards_and_plain_weights(
     for name, weight in network.named_parameters():
         split = [part[f"weights/network.{name}"] for part in parts]
         assert torch.equal(torch.cat(split), weight), name
+    drop_optimizer(folders[0])  # which would be its only weights
+    assert verify(folders[0]) is None and {p.name for p in folders[0].iterdir()} >= set(SHARDS)
     # A checkpoint that has only shards can be used and exported.
     data = ["--data", options["data.train"]]
     assert main(["evaluate", "--model", str(folders[1]), *data]) == 0

@@ -34,7 +34,13 @@ from plainloop.trainer.run_folder.files import (
     make_durable,
     sync,
 )
-from plainloop.trainer.run_folder.tensors import SHARD, complete_set, open_shards, open_tensors
+from plainloop.trainer.run_folder.tensors import (
+    SHARD,
+    complete_set,
+    has_plain_weights,
+    open_shards,
+    open_tensors,
+)
 from plainloop.trainer.state import TrainState
 
 FORMAT = 3  # of state.json; `upgrade` reads the one before
@@ -211,8 +217,7 @@ def verify(path: Path) -> str | None:
         optimizer = shards or {OPTIMIZER}
         if missing := {"config.json", "state.json", *optimizer} - set(manifest):
             return f"{MANIFEST} does not list {sorted(missing)}"
-        plain = any(name.startswith("model") and name.endswith(".safetensors") for name in manifest)
-        if not plain and not (shards and has_optimizer(path)):
+        if not has_plain_weights(manifest) and not (shards and has_optimizer(path)):
             return f"{MANIFEST} lists no weights"
         return _incomplete(upgrade(json.loads((path / "state.json").read_text(encoding="utf-8"))))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:

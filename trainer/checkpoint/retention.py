@@ -8,6 +8,7 @@ from pathlib import Path
 
 from plainloop.trainer.checkpoint.folder import PREFIX, holds_optimizer
 from plainloop.trainer.run_folder.files import MANIFEST, sweep, sync, write_atomically
+from plainloop.trainer.run_folder.tensors import has_plain_weights
 
 
 def drop_optimizer(path: Path) -> None:
@@ -17,6 +18,8 @@ def drop_optimizer(path: Path) -> None:
         names = [name for name in manifest if holds_optimizer(name)]
     except (ValueError, TypeError):
         return  # it is damaged, which verify will say
+    if not has_plain_weights(manifest):
+        return  # shards saved before this checkpoint was the best: they are its only weights
     if any(manifest[name] is not None for name in names):
         content = json.dumps({**manifest, **dict.fromkeys(names)}, indent=1)
         write_atomically(path / MANIFEST, content, durable=True)

@@ -31,6 +31,11 @@ def complete_set(names: Iterable[str]) -> set[str]:
     return {shard_name(i, counts[0]) for i in range(counts[0])} if counts else set()
 
 
+def has_plain_weights(names: Iterable[str]) -> bool:
+    """Whether these files of a checkpoint include those from which from_pretrained reads the weights."""
+    return any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+
+
 class Tensors:
     """Tensors of some safetensors files. Reading touches only the rows that are asked for."""
 
