@@ -13,13 +13,11 @@ A checkpoint is written to a .tmp-* folder, fsynced, and published by one atomic
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from plainloop.trainer.run_folder.files import (
     describe_file,
     file_fault,
     make_durable,
+    rust_errors,
     sync,
 )
 from plainloop.trainer.run_folder.tensors import (
@@ -100,7 +99,7 @@ def publish(
     folder = temporary.parent
     final = folder / f"{PREFIX}{state['step']:08d}"
     try:
-        with _rust_errors(temporary):
+        with rust_errors(temporary):
             fill(temporary)
         _write_json(temporary / "state.json", {"format": FORMAT, **state})
         known = known or {}
@@ -116,18 +115,6 @@ def publish(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
-
-
-@contextlib.contextmanager
-def _rust_errors(path: Path) -> Iterator[None]:
-    """Make an OSError of an I/O error in Rust code: safetensors, tokenizers."""
-    try:
-        yield
-    except Exception as error:
-        if (found := re.search(r"os error (\d+)", str(error))) and not isinstance(error, OSError):
-            number = int(found.group(1))
-            raise OSError(number, os.strerror(number), str(path)) from None
-        raise
 
 
 def restore(state: TrainState, checkpoint: Checkpoint, *, is_main: bool) -> None:
@@ -296,7 +283,7 @@ def counters(state: TrainState) -> dict[str, Any]:
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    with _rust_errors(path):
+    with rust_errors(path):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,18 @@ def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def rust_errors(path: Path) -> Iterator[None]:
+    """Make an OSError of an I/O error in Rust code: safetensors, tokenizers."""
+    try:
+        yield
+    except Exception as error:
+        if (found := re.search(r"os error (\d+)", str(error))) and not isinstance(error, OSError):
+            number = int(found.group(1))
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
 
 
 def sync(path: Path) -> None:
