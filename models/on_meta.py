@@ -103,6 +103,7 @@ def read_weights(
 
 def _key(network: Any, name: str, weights: Weights) -> str | None:
     """The name of a parameter in the weights, which may lack the base model's prefix or have old names."""
+    name = name.replace(".base_layer.", ".")  # beside which there is an adapter
     names = [name, name.removeprefix(f"{network.base_model_prefix}.")]
     names += [n.replace("LayerNorm.weight", "LayerNorm.gamma") for n in names]
     names += [n.replace("LayerNorm.bias", "LayerNorm.beta") for n in names]

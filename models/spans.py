@@ -25,12 +25,14 @@ class SpanModel(nn.Module):
     """A transformers network with a start/end head (without pooler) that returns only logits.
 
     network: a *ForQuestionAnswering, or a *ForTokenClassification with two labels: start and end. The
-    parameters and their names are the same, so our checkpoints load in transformers and vice versa.
+    parameters and their names are the same, so our checkpoints load in transformers and vice versa. head:
+    prefixes of the names of the head's.
     """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
+        self.head = _head(network)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """inputs: (B, L) int64 -> start and end logits (B, L, 2), fp32; the lowest number at padding."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from plainloop.data.loader import Steps, step_batches
+from plainloop.models.adapters import has_adapters
 from plainloop.models.compiled import compiled
 from plainloop.models.load import overflows_in_fp16
 from plainloop.trainer.checkpoint import resume
@@ -39,6 +40,7 @@ from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
 from plainloop.trainer.tasks.evaluation import EvaluationSettings
 from plainloop.trainer.tasks.find import find_hooks, find_task
+from plainloop.trainer.tasks.model import load_model, save_model
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = (), *, last: bool = False
         )  # fmt: skip
         evaluate = partial(tasks.evaluate, task, state.model, data.get("dev"), settings)
         save = (SaveShards if sharded else SaveCheckpoint)(
-            progress, folder, partial(tasks.save_model, task, state.model), config.checkpoint,
+            progress, folder, partial(save_model, task, state.model), config.checkpoint,
             metric=config.evaluation.best_metric, metadata=metadata,
         )  # fmt: skip
         stack.callback(save.close)
@@ -169,7 +171,7 @@ def start_or_resume(
     torch.manual_seed(config.seed)
     heartbeat.at("loading the model")
     path = str(found.path) if found else config.model.path
-    model = tasks.load_model(
+    model = load_model(
         task, path, config, world, new_head=found is None, sharded=config.parallel.mode == "fsdp"
     ).train()
     keep_compiled_code(config.data.cache_dir, world.device)
@@ -211,9 +213,12 @@ def report(config: TrainConfig, progress: Progress, steps: Steps, data: dict[str
         for line in dataset.store.meta["report"]:
             log.say(f"{split}: {', '.join(dataset.files)}: {line}")
     parameters = sum(p.numel() for p in state.model.parameters())
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    share = "" if trained == parameters else f" of which {trained / 1e6:.2f} M are trained,"
+    saved = trained if has_adapters(state.model) else parameters
     free = shutil.disk_usage(config.run_dir).free / 1e9
     log.say(
-        f"{parameters / 1e6:.1f} M parameters, {config.precision}, {world.size} x {world.device.type};"
+        f"{parameters / 1e6:.1f} M parameters,{share} {config.precision}, {world.size} x {world.device.type};"
         f" {progress.total_steps} steps of {config.batch_size} rows, at most {steps.max_tokens} padded tokens"
-        f" per micro-batch; checkpoints of {checkpoint_bytes(parameters) / 1e9:.2f} GB, {free:.0f} GB free"
+        f" per micro-batch; checkpoints of {checkpoint_bytes(saved) / 1e9:.2f} GB, {free:.0f} GB free"
     )

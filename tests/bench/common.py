@@ -37,9 +37,9 @@ class Bench:
         return choose_precision(self.world.device, overflows_in_fp16=overflows_in_fp16(self.path))[0]
 
     def model(self) -> Any:
-        from plainloop.trainer.tasks import base as tasks
+        from plainloop.trainer.tasks.model import load_model
 
-        return tasks.load_model(self.task, self.path, self.config, self.world, new_head=True).train()
+        return load_model(self.task, self.path, self.config, self.world, new_head=True).train()
 
     def steps(self, batch_size: int, max_tokens: int = 4096, world: Any = None) -> Any:
         from plainloop.trainer.tasks import base as tasks

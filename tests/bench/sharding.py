@@ -54,6 +54,7 @@ def measure(cache: str, model_path: str, ranks: int) -> None:
     from plainloop.trainer.loop import StepOptions, train_step
     from plainloop.trainer.run import new_state
     from plainloop.trainer.tasks import base as tasks
+    from plainloop.trainer.tasks.model import load_model
 
     bench = setup(cache, threads=1, limit=64)
     mode = ParallelConfig(mode="fsdp" if ranks > 1 else "ddp")
@@ -62,7 +63,7 @@ def measure(cache: str, model_path: str, ranks: int) -> None:
     steps = tasks.make_steps(task, bench.data, config, world, max_tokens=256)
     with process_group(world, timeout_s=600):
         base, peaks = peak_gb(), {}
-        model = tasks.load_model(task, model_path, config, world, new_head=False, sharded=ranks > 1).train()
+        model = load_model(task, model_path, config, world, new_head=False, sharded=ranks > 1).train()
         peaks["load"] = peak_gb() - base
         state = new_state(model, config, world)
         options = StepOptions(task.loss_sum, lambda _: 1e-5, world, 1, "fp32", 1.0)

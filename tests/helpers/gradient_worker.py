@@ -15,6 +15,7 @@ from plainloop.trainer.loop import StepOptions, train_step
 from plainloop.trainer.run import new_state
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.find import find_task
+from plainloop.trainer.tasks.model import load_model
 
 out, batch_size, max_tokens, kind, model_path, data_path, cache, *more = sys.argv[1:]
 world = world_from_env("cpu")
@@ -29,7 +30,7 @@ task = find_task(kind)(config)
 data = tasks.load_split(task, "train", data_path, config, world)
 with process_group(world, timeout_s=60):
     torch.manual_seed(0)
-    model = tasks.load_model(task, model_path, config, world, new_head=True, sharded=bool(more)).train()
+    model = load_model(task, model_path, config, world, new_head=True, sharded=bool(more)).train()
     state = new_state(model, config, world)
     gradients: dict[str, torch.Tensor] = {}
 

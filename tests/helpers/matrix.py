@@ -28,6 +28,7 @@ from plainloop.trainer.distributed.world import World  # noqa: E402
 from plainloop.trainer.run import train  # noqa: E402
 from plainloop.trainer.tasks import base as tasks  # noqa: E402
 from plainloop.trainer.tasks.find import find_task  # noqa: E402
+from plainloop.trainer.tasks.model import load_model  # noqa: E402
 
 QUESTION_ANSWERING = sorted(tables.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
 TOKEN_CLASSIFICATION = sorted(
@@ -152,7 +153,7 @@ class Case:
         return (
             task,
             data,
-            tasks.load_model(task, str(path or self.model_path), config, world, new_head=True).eval(),
+            load_model(task, str(path or self.model_path), config, world, new_head=True).eval(),
         )
 
 

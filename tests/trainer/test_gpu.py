@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,45 @@ def test_compiled_loss_curve_matches_eager(given: Any, run: Any, metrics: Any, t
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def train_on_one_gpu(ranks: int, options: dict[str, Any], *, expect: int = 0) -> str:
+    """Run ranks that share a GPU; returns what they printed."""
+    helper = str(Path(__file__).parents[1] / "helpers/shared_gpu_train.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [*torchrun, helper, *arguments], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"},
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_sharded_loss_curve_matches_one_process(
+    given: Any, run: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+) -> None:
+    """FSDP, and stopped and resumed: the same bits."""
+    dropout = {} if given.get("task") == "text" else {"model.attention_dropout": 0.0}
+    still = STILL | dropout | {"tf32": "false", "deterministic": "true"}
+    run(**still)
+    sharded = given | still | {"parallel.mode": "fsdp", "run_dir": tmp_path / "two"}
+    train_on_one_gpu(2, sharded)
+    losses = [[r["loss"] for r in metrics(d, "train")] for d in (given["run_dir"], tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    stopped = sharded | {"run_dir": tmp_path / "stopped"}
+    train_on_one_gpu(2, stopped | {"stop_at_step": 3}, expect=1)
+    assert "guaranteed: the same bits" in train_on_one_gpu(2, stopped)
+    assert_same_bits(tensors(tmp_path / "stopped", 8), tensors(tmp_path / "two", 8))
+
+
+def test_sharded_in_bf16(given: Any, metrics: Any) -> None:
+    """Weights gathered in bf16; an evaluation, with generation, while the weights are sharded."""
+    more = {"parallel.mode": "fsdp", "parallel.gather_dtype": "bf16", "precision": "bf16", "max_steps": 8}
+    train_on_one_gpu(2, given | more | {"data.dev": given["data.train"]})
+    losses = [record["loss"] for record in metrics(given["run_dir"], "train")]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert len(metrics(given["run_dir"], "evaluation")) == 1
+
+
 @two_gpus
 def test_loss_curve_of_two_ranks_matches_one(
     given: Any, run: Any, launch: Any, metrics: Any, tmp_path: Path
@@ -123,8 +164,6 @@ def test_two_ranks_resume_bitwise_identical_after_a_stop_and_a_kill(
 
 def test_demo_stops_on_a_signal(tmp_path: Path) -> None:
     """With its ranks on the GPU."""
-    import subprocess
-    import sys
     import time
 
     line = [sys.executable, "-m", "plainloop.trainer", "demo", "--task", "text", "--processes", "1"]

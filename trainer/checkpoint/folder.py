@@ -33,6 +33,7 @@ from plainloop.trainer.run_folder.files import (
     rust_errors,
     sync,
 )
+from plainloop.trainer.run_folder.plain_weights import save_tensors
 from plainloop.trainer.run_folder.tensors import (
     SHARD,
     complete_set,
@@ -278,13 +279,6 @@ def counters(state: TrainState) -> dict[str, Any]:
         "scaler": state.scaler.state_dict(),
         "evaluations": list(state.evaluations),
     }
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with rust_errors(path):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _write_json(path: Path, value: Any) -> None:

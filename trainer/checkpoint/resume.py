@@ -19,6 +19,7 @@ from plainloop.trainer.config.validate import config_differences
 from plainloop.trainer.distributed.device import what_affects_rounding
 from plainloop.trainer.distributed.world import World, broadcast_json
 from plainloop.trainer.errors import InputError
+from plainloop.trainer.run_folder.base_model import describe_base, require_base
 from plainloop.trainer.run_folder.files import sweep, write_atomically
 from plainloop.trainer.run_folder.log import Log
 
@@ -71,6 +72,7 @@ def run_metadata(config: TrainConfig, world: World, data: Store, max_tokens: int
     return {
         "config": asdict(config),
         "fingerprint": {"data": data.name},
+        **({"base": describe_base(config.model.path)} if config.peft.rank and world.is_main else {}),
         "counts": dict(data.meta["counts"]),
         "environment": {
             "tokens_per_device": max_tokens,
@@ -122,6 +124,8 @@ def _accept(found: Checkpoint, config: TrainConfig, metadata: dict[str, Any], sa
             f"{config.run_dir} was trained with different options: {'; '.join(changes)}."
             " Choose another run_dir, or list the options in --checkpoint.allow_changes."
         )
+    if recorded := found.state.get("base"):
+        require_base(recorded, config.model.path)
     if not _changes(found, config, metadata):
         require_order(found, sampler)
 

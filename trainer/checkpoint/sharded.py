@@ -10,8 +10,6 @@ RUN/checkpoints/step-00000500/
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import shutil
 import time
@@ -24,23 +22,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from plainloop.models.adapters import has_adapters, weights_to_keep
 from plainloop.trainer.checkpoint import folder as checkpoints
 from plainloop.trainer.checkpoint.host_copy import Tensors
 from plainloop.trainer.checkpoint.writer import FULL, Save, SaveCheckpoint
 from plainloop.trainer.distributed.parallel import Sharded, local
 from plainloop.trainer.distributed.world import all_ranks, broadcast_json
 from plainloop.trainer.run_folder.files import describe_file, sync
+from plainloop.trainer.run_folder.plain_weights import save_tensors, write_plain
 from plainloop.trainer.run_folder.tensors import open_shards, shard_name
 from plainloop.trainer.state import TrainState, best_step
 
 RUNNING, DONE, FAILED = range(3)
-PLAIN_FILE_BYTES = 2 << 30  # weights are copied to plain files through this much memory
 
 
 def shard_tensors(state: TrainState, *, first: bool) -> Tensors:
     """What this rank holds of weights and optimizer state. Only the first shard has what is not split."""
-    held: Tensors = {f"weights/{name}": local(p.detach()) for name, p in state.model.named_parameters()}
-    kept = state.model.state_dict().keys()
+    kept = weights_to_keep(state.model).keys()
+    parameters = [(n, p) for n, p in state.model.named_parameters() if n in kept]
+    held: Tensors = {f"weights/{name}": local(p.detach()) for name, p in parameters}
     whole = {f"weights/{name}": buffer for name, buffer in state.model.named_buffers() if name in kept}
     for name, tensor in state.optimizer_tensors().items():
         (held if tensor.ndim else whole)[f"optimizer/{name}"] = tensor
@@ -92,7 +92,8 @@ class SaveShards(SaveCheckpoint):
         sizes = all_ranks(torch.tensor([sum(t.nbytes for t in tensors.values())]))
         best = best_step(record["evaluations"], self.metric) == state.step
         ending = state.step == self.progress.total_steps or state.stop is not None
-        plain = 4 * sum(p.numel() for p in state.model.parameters()) if best or ending else 0
+        kept = weights_to_keep(state.model).values()
+        plain = sum(4 * tensor.numel() for tensor in kept) if best or ending else 0
         temporary = self._prepare(record, int(sizes.sum()) + plain + (4 << 20))
         if temporary is None:
             return
@@ -184,9 +185,15 @@ class SaveShards(SaveCheckpoint):
         return path, seconds
 
     def _complete(self, folder: Path, *, weights: bool) -> None:
+        if weights and has_adapters(self.progress.state.model):  # which are small
+            held = open_shards(folder)
+            assert held is not None
+            held = held.below("weights/")
+            self.save_model(folder, weights={name: held.whole(name) for name in held.places})
+            return
         self.save_model(folder, weights=None)
         if weights:
-            write_plain(folder)
+            write_plain(folder, folder)
 
 
 def _note(result: Future[tuple[int, bytes]]) -> torch.Tensor:
@@ -206,33 +213,6 @@ def _described(note: list[int]) -> dict[str, Any]:
     return {"size": note[0], "sha256": np.array(note[1:], dtype=np.int64).tobytes().hex()}
 
 
-def write_plain(folder: Path) -> None:
-    """Write the weights in the shards of a folder as from_pretrained reads them, in parts. Raises OSError."""
-    tensors = open_shards(folder)
-    assert tensors is not None
-    weights = tensors.below("weights/network.")
-    files: list[list[str]] = [[]]
-    room = PLAIN_FILE_BYTES
-    for name in weights.places:
-        size = 4 * math.prod(weights.shape(name))
-        if size > room and files[-1]:
-            files.append([])
-            room = PLAIN_FILE_BYTES
-        files[-1].append(name)
-        room -= size
-    index: dict[str, str] = {}
-    for i, names in enumerate(files):
-        file = "model.safetensors"
-        if len(files) > 1:
-            file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        checkpoints.save_tensors({name: weights.whole(name) for name in names}, folder / file)
-        index |= dict.fromkeys(names, file)
-    if len(files) > 1:
-        total = sum(4 * math.prod(weights.shape(name)) for name in weights.places)
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
-
-
 def write_shard(folder: Path, tensors: Tensors, index: int, count: int) -> tuple[int, bytes]:
     """Runs in the thread of each rank. Return size and SHA-256 of the file; (0, b"") if this rank has none.
     Raises OSError.
@@ -240,7 +220,7 @@ def write_shard(folder: Path, tensors: Tensors, index: int, count: int) -> tuple
     if not tensors:
         return 0, b""
     path = folder / shard_name(index, count)
-    checkpoints.save_tensors(tensors, path)
+    save_tensors(tensors, path)
     sync(path)
     description = describe_file(path)
     return description["size"], bytes.fromhex(description["sha256"])

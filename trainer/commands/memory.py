@@ -21,6 +21,7 @@ from plainloop.trainer.run import new_state
 from plainloop.trainer.state import TrainState
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
+from plainloop.trainer.tasks.model import load_model
 
 RESERVE = 1 << 30  # bytes for the CUDA context, or for Python and its libraries
 BACKWARD = 1.25  # factor for activation gradients and workspaces on top of saved activations
@@ -77,7 +78,7 @@ def measure(task: Task, data: Dataset, config: TrainConfig, world: World, max_to
     """
     config = replace(config, model=replace(config.model, compile=False))
     try:
-        model = tasks.load_model(task, config.model.path, config, world, new_head=True)
+        model = load_model(task, config.model.path, config, world, new_head=True)
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"not even the weights fit into memory: is another program using the GPU? ({error})"

@@ -171,6 +171,7 @@ def _tokens_per_s(path: str) -> float:
     from plainloop.trainer.run import new_state
     from plainloop.trainer.tasks import base as tasks
     from plainloop.trainer.tasks.find import find_task
+    from plainloop.trainer.tasks.model import load_model
 
     config = parse(TrainConfig, ["--config", path], program="prove")
     world = world_from_env(config.device)
@@ -179,7 +180,7 @@ def _tokens_per_s(path: str) -> float:
     data = tasks.load_split(task, "train", config.data.train or "", config, world, limit=config.data.limit)
     max_tokens = config.tokens_per_device or 1024
     batch = tasks.make_steps(task, data, config, world, max_tokens=max_tokens).largest()[-1]
-    model = tasks.load_model(task, config.model.path, config, world, new_head=True)
+    model = load_model(task, config.model.path, config, world, new_head=True)
     state = new_state(model.train(), config, world)
     options = StepOptions(task.loss_sum, lambda _: 0.0, world, 0, config.precision, 0.0)
     warm_up(state, [batch], options)

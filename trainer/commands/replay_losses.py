@@ -25,8 +25,8 @@ from plainloop.trainer.loop import StepOptions, add_gradients, dropout_seed, tra
 from plainloop.trainer.optim import learning_rate
 from plainloop.trainer.run import new_state
 from plainloop.trainer.state import TrainState
-from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
+from plainloop.trainer.tasks.model import load_model
 
 # The largest relative difference of a loss that rounding explains, when other ranks or devices add it up.
 ROUNDING = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
@@ -77,7 +77,7 @@ def losses(
         torch.set_num_threads(threads)
     torch.manual_seed(run.seed)
     path = str(start.path) if start else run.model.path
-    model = tasks.load_model(task, path, run, world, new_head=start is None).train()
+    model = load_model(task, path, run, world, new_head=start is None).train()
     state = new_state(model, run, world)
     if start:
         checkpoints.restore(state, start, is_main=True)

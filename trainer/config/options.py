@@ -6,43 +6,10 @@ Names that are Python keywords end in an underscore here (`async_`), but not in 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-
-def option(
-    default: Any,
-    help_text: str,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Config field with its --help text and its range. A callable default is used as default_factory."""
-    values = {"default_factory": default} if callable(default) else {"default": default}
-    rules = {"minimum": minimum, "above": above, "below": below}
-    return field(metadata={"help": help_text, "range": rules}, **values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The model to train."""
-
-    path: str = option("roberta-base", "model folder or Hugging Face Hub name")
-    dropout: float | None = option(
-        None, "override the hidden dropout of the model config", minimum=0, below=1
-    )
-    attention_dropout: float | None = option(
-        None, "override the attention dropout of the model config", minimum=0, below=1
-    )
-    attention: str | None = option(
-        None, "attention of transformers: eager, sdpa, flash_attention_2, ...; default: its choice"
-    )
-    activation_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, a third slower"
-    )
-    compile: bool = option(
-        False, "use torch.compile: minutes to compile at the first start; for GPUs (see data.num_widths)"
-    )
+from plainloop.trainer.config.model_options import ModelConfig, ParallelConfig, PeftConfig
+from plainloop.trainer.config.option import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,25 +154,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the model is spread over the ranks: docs/sharding.md.
-
-    `--parallel fsdp` is short for `--parallel.mode fsdp`.
-    """
-
-    mode: Literal["ddp", "fsdp"] = option(
-        "ddp",
-        "ddp: each rank holds the whole model; fsdp: each holds a share of it and of its optimizer state",
-    )
-    shard_size: int | None = option(
-        None, "fsdp: ranks that share one copy of the model, such as those of a node; default: all", minimum=2
-    )
-    gather_dtype: Literal["fp32", "bf16"] = option(
-        "fp32", "fsdp: dtype in which weights are sent; bf16 halves the traffic, gradients stay fp32"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Logging."""
 
@@ -274,6 +222,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
 
     def max_tokens(self, device_type: str) -> int:
         """Padded tokens of a micro-batch on a device of this type."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from plainloop.trainer.config.options import option
+from plainloop.trainer.config.option import option
 
 
 @dataclass(frozen=True, kw_only=True)

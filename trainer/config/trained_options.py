@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from plainloop.trainer.config.options import option
+from plainloop.trainer.config.option import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class ScoreConfig:
         "error", "with --model, what to do with an answer that can't be located, as in train"
     )
     model: str | None = option(None, "checkpoint folder, run folder (uses its best checkpoint), or Hub name")
+    base: str | None = option(None, "base model of a model with adapters; default: where it was in training")
     task: str | None = option(
         None,
         "of the model; default: as it was trained. A task of your own must be named here: its code is run",
@@ -100,6 +101,7 @@ class PredictConfig:
     """
 
     model: str | None = option(None, "checkpoint folder, run folder (uses its best checkpoint), or Hub name")
+    base: str | None = option(None, "base model of a model with adapters; default: where it was in training")
     question: str | None = option(None, "one question, about --context; the answer is printed as JSON")
     context: str | None = option(None, "a text file, or the text itself")
     data: list[str] | str | None = option(
@@ -140,6 +142,7 @@ class CalibrateConfig:
     """
 
     model: str | None = option(None, "checkpoint folder, or run folder (uses its best checkpoint)")
+    base: str | None = option(None, "base model of a model with adapters; default: where it was in training")
     data: list[str] | str | None = option(
         None, "questions with answers, in any format that train reads; halved by article"
     )
@@ -188,6 +191,10 @@ class ExportConfig:
     verify: list[str] | str | None = option(
         None, "questions to answer with the checkpoint and with the export; any difference is an error"
     )
+    merge: bool = option(
+        False, "add the adapters to the weights of their base model: a folder that needs neither it nor PEFT"
+    )
+    base: str | None = option(None, "base model of a model with adapters; default: where it was in training")
     scores: list[str] = option(list, "folders of evaluate --out_dir whose figures go into the model card")
 
 

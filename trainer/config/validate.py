@@ -48,6 +48,10 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
         faults.append("optim.name adafactor works on whole matrices, which parallel fsdp does not have")
     elif config.model.compile:
         faults.append("model.compile works only with parallel ddp; remove it")
+    if config.peft.rank == 0:
+        faults += _without_effect(config, ["peft"], "peft.rank 0")
+    elif config.peft.base_dtype == "bf16" and config.precision not in ("auto", "bf16"):
+        faults.append("peft.base_dtype bf16 needs precision bf16")
     if config.evaluation.metric == "squad":
         faults += _without_effect(config, ["evaluation.language"], "evaluation.metric squad")
     if (metric := config.evaluation.best_metric) not in metric_names:

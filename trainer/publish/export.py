@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from plainloop.data.readers.files import find_files
+from plainloop.models import adapters
+from plainloop.models.load import save_network
 from plainloop.models.onnx_spans import write_onnx
 from plainloop.trainer.config.trained_options import ExportConfig
 from plainloop.trainer.errors import InputError, RunError
 from plainloop.trainer.publish.model_card import model_card
-from plainloop.trainer.run_folder.files import MANIFEST, write_manifest
+from plainloop.trainer.run_folder.files import MANIFEST, make_durable, write_manifest
+from plainloop.trainer.run_folder.plain_weights import save_tensors, write_plain
+from plainloop.trainer.run_folder.tensors import SHARD, has_plain_weights, open_shards
 from plainloop.trainer.trained import calibration_file
 from plainloop.trainer.trained.model_folder import (
     OPTIONS_FILE,
@@ -73,55 +77,86 @@ def _fill(
 ) -> None:
     if (source / calibration_file.NAME).is_file():
         calibration_file.read(source / calibration_file.NAME, weights_of(source))
+    adapted = (source / adapters.CONFIG_FILE).is_file()
+    if config.merge and not adapted:
+        raise InputError("--merge: this model has no adapters; leave it out.")
+    merge = config.merge or (adapted and config.onnx)
     listed = [source / name for name in (*read_manifest(source), calibration_file.NAME)]
     for file in filter(Path.is_file, listed):
-        weights = config.onnx and file.name.startswith("model") and "safetensors" in file.name
-        if file.name not in OF_TRAINING and not weights:
+        weights = (config.onnx or merge) and "model" in file.name and "safetensors" in file.name
+        of_adapters = merge and file.name == adapters.CONFIG_FILE
+        if not (file.name in OF_TRAINING or SHARD.fullmatch(file.name) or weights or of_adapters):
             shutil.copyfile(file, folder / file.name)
-    counts = recorded_in(str(source)).get("counts")
+    if adapted and not merge and not (source / adapters.WEIGHTS_FILE).is_file():
+        trained_weights = open_shards(source)
+        assert trained_weights is not None
+        held = trained_weights.below("weights/network.")
+        save_tensors(
+            {adapters.peft_name(n): held.whole(n) for n in held.places}, folder / adapters.WEIGHTS_FILE
+        )
+    if not (adapted or config.onnx or has_plain_weights(read_manifest(source))):
+        write_plain(source, folder)
+    recorded = recorded_in(str(source))
     options = {
         "config": trained,
-        "counts": counts,
+        "counts": recorded.get("counts"),
         "exported_from": weights_of(source),
         "versions": versions(),
     }
+    if merge:
+        trained = options["config"] = {**trained, "peft": {}}
+        if not config.onnx:
+            _merge(folder, source, config.base)
+    elif adapted:
+        options["base"] = recorded["base"]
     (folder / OPTIONS_FILE).write_text(json.dumps(options, indent=1), encoding="utf-8")
     if config.onnx:
-        _onnx(folder, source)
+        _onnx(folder, source, config.base)
         if (folder / calibration_file.NAME).is_file():
             calibration_file.move(folder / calibration_file.NAME, weights_of(source), weights_of(folder))
     write_manifest(
         folder, {"kind": "export", "weights": weights_of(source)}, without=(CARD, calibration_file.NAME)
     )
-    verified = verify(str(source), str(folder), files) if files else ""
-    if verified:
+    verified, exact = "", not (merge or config.onnx)
+    if files:
+        verified = verify(str(source), str(folder), files, config.base, exact=exact)
         say(verified)
     card = model_card(folder, source, trained, config, verified)
     (folder / CARD).write_text(card, encoding="utf-8")
+    make_durable(folder)
+
+
+def _merge(folder: Path, source: Path, base: str | None) -> None:
+    """Write the model with its adapters added to the weights of their base."""
+    model = Predictor.from_run(str(source), base=base, device="cpu", precision="fp32").model
+    adapters.merge_adapters(model.network)
+    save_network(model.network, folder, model.state_dict())
 
 
 def read_manifest(source: Path) -> list[str]:
     return list(json.loads((source / MANIFEST).read_text(encoding="utf-8")))
 
 
-def _onnx(folder: Path, source: Path) -> None:
-    predictor = Predictor.from_run(str(source), device="cpu", precision="fp32")
+def _onnx(folder: Path, source: Path, base: str | None) -> None:
+    predictor = Predictor.from_run(str(source), base=base, device="cpu", precision="fp32")
     if predictor.text:
         raise InputError("--onnx is for models of task span; a text model needs a decoding loop besides.")
+    if adapters.has_adapters(predictor.model):
+        adapters.merge_adapters(predictor.model.network)
     kept = (folder / "config.json").read_bytes()
     write_onnx(predictor.model, predictor.sample_inputs(), folder)
     (folder / "config.json").write_bytes(kept)  # the exporter writes one of its own
 
 
-def verify(before: str, after: str, files: list[str]) -> str:
+def verify(before: str, after: str, files: list[str], base: str | None = None, *, exact: bool = True) -> str:
     """Answer the questions of these files with both models, in fp32. Return what was compared. Raises
-    RunError if any answer differs.
+    RunError if any answer differs. exact: scores must be the same too.
     """
     device = "cpu" if is_onnx(after) else "auto"
-    models = [Predictor.from_run(model, precision="fp32", device=device) for model in (before, after)]
+    options: dict[str, Any] = {"precision": "fp32", "device": device, "base": base}
+    models = [Predictor.from_run(model, **options) for model in (before, after)]
     read = models[0].read(files)
     processes = tokenising_processes(models[0].config)
-    exact = not is_onnx(after)
     count, largest, differing = 0, 0.0, []
     for (example, a), (_, b) in zip(*(m.stream(read, processes=processes) for m in models), strict=True):
         count += 1

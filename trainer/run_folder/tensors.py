@@ -33,7 +33,8 @@ def complete_set(names: Iterable[str]) -> set[str]:
 
 def has_plain_weights(names: Iterable[str]) -> bool:
     """Whether these files of a checkpoint include those from which from_pretrained reads the weights."""
-    return any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+    starts = ("model", "adapter_model")
+    return any(name.startswith(starts) and name.endswith(".safetensors") for name in names)
 
 
 class Tensors:
@@ -86,14 +87,20 @@ def open_shards(folder: Path) -> Tensors | None:
     return open_tensors([folder / name for name in sorted(names)]) if names else None
 
 
-def open_pretrained(path: str) -> Tensors:
-    """The weights of a folder or cached hub model that from_pretrained reads. Raises InputError."""
+def pretrained_folder(path: str) -> Path:
+    """The folder itself, or that of a hub name in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(path)
     if not folder.is_dir():
         cached = try_to_load_from_cache(path, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder
+
+
+def open_pretrained(path: str) -> Tensors:
+    """The weights of a folder or cached hub model that from_pretrained reads. Raises InputError."""
+    folder = pretrained_folder(path)
     names = ["model.safetensors"]
     if (index := folder / "model.safetensors.index.json").is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

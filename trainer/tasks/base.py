@@ -22,17 +22,11 @@ from plainloop.data.loader import Collate, Steps
 from plainloop.data.samplers import Sampler, few_widths, subset
 from plainloop.data.store import FEATURES_VERSION, Store
 from plainloop.data.tokenise import in_chunks
-from plainloop.models.cpu_dropout import speed_up_dropout
-from plainloop.models.load import checkpoint_activations, save_network
-from plainloop.models.on_meta import read_weights, weights_later
-from plainloop.models.position_bias import mask_in_each_layer, share_position_bias
 from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.config.parse import flatten
 from plainloop.trainer.config.validate import FREE_ON_RESUME
-from plainloop.trainer.distributed.parallel import first_row, local, shard
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.run_folder.tensors import open_pretrained, open_shards
 from plainloop.trainer.tasks.evaluation import EvaluationSettings, Interrupted, Scores
 
 
@@ -222,46 +216,6 @@ def make_steps(task: Task, dataset: Dataset, config: TrainConfig, world: World, 
         sampler, collate, store.num_targets, world_size=world.size, rank=world.rank, max_tokens=max_tokens,
         lockstep=config.parallel.mode == "fsdp",
     )  # fmt: skip
-
-
-def load_model(
-    task: Task, path: str, config: TrainConfig, world: World, *, new_head: bool, sharded: bool = False
-) -> Any:
-    """Load the task's model onto this rank's device. new_head: the head may be missing, and is initialised.
-    sharded: each rank loads only its share, as config.parallel says. Raises InputError.
-    """
-    weights = open_shards(Path(path))
-    if weights is not None:
-        weights = weights.below("weights/network.")
-    elif sharded:
-        weights = open_pretrained(path)
-    with weights_later(weights):
-        model: Any = task.load_model(path)
-    if model.network.new_parameters and not new_head:
-        missing = ", ".join(model.network.new_parameters[:3])
-        raise InputError(f"model.path {path}: has no trained head for this task ({missing} missing).")
-    if config.model.activation_checkpointing:
-        checkpoint_activations(model.network)
-    if world.device.type == "cpu":
-        speed_up_dropout(model.network)
-    else:
-        share_position_bias(model.network)
-    if sharded:
-        if config.model.activation_checkpointing:
-            mask_in_each_layer(model.network)
-        size, dtype = config.parallel.shard_size, config.parallel.gather_dtype
-        shard(model, world, shard_size=size, gather_dtype=dtype)
-    if weights is not None:
-        read_weights(model.network, weights, world.device, first_row=first_row, local=local)
-    return model if sharded else model.to(world.device)
-
-
-def save_model(task: Task, model: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
-    """Rank 0 only, in a thread. Write what from_pretrained reads, with these weights of the model; None:
-    without weights.
-    """
-    save_network(model.network, folder, None if weights is None else dict(weights))
-    task.tokenizer.save_pretrained(folder)
 
 
 def evaluate(

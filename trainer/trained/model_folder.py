@@ -14,6 +14,7 @@ from plainloop.data.errors import InputError
 from plainloop.trainer.config.options import TextConfig, TrainConfig
 from plainloop.trainer.config.parse import from_dict
 from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfig
+from plainloop.trainer.run_folder.base_model import require_base
 from plainloop.trainer.run_folder.files import fault_of
 from plainloop.trainer.trained.calibration_file import Calibration, read_calibration
 
@@ -110,11 +111,13 @@ def is_onnx(path: str) -> bool:
 def load_model(task: Any, path: str, run: TrainConfig, world: Any) -> Any:
     """The trained model on this rank's device. Raises InputError."""
     from plainloop.models.onnx_spans import OnnxSpanModel
-    from plainloop.trainer.tasks import base
+    from plainloop.trainer.tasks import model as loading
 
     if is_onnx(path):
         return OnnxSpanModel(path, world.device)
-    return base.load_model(task, path, run, world, new_head=False)
+    if recorded := recorded_in(path).get("base"):
+        require_base(recorded, run.model.path)
+    return loading.load_model(task, path, run, world, new_head=False)
 
 
 def trained_with(path: str) -> dict[str, Any]:
@@ -154,14 +157,17 @@ def as_trained(path: str, config: ScoreConfig) -> tuple[TrainConfig, Calibration
     if ":" in recorded and config.task is None:
         raise InputError(f"{path}: was trained with a task of your own; name it: --task {recorded}.")
     base = from_dict(TrainConfig, trained)
+    adapted = base.peft.rank > 0
     chosen = {"max_length": config.max_length, "stride": config.stride}
     calibrated = config.null_threshold == "calibrated"
     run = replace(
         base,
         task=config.task or recorded,
         model=replace(
-            base.model, path=path, compile=False, activation_checkpointing=False, attention=None
+            base.model, path=(config.base or base.model.path) if adapted else path,
+            compile=False, activation_checkpointing=False, attention=None,
         ),
+        peft=replace(base.peft, base_dtype="fp32"),
         data=replace(
             base.data, train=None, dev=None, limit=None, cache_dir=config.cache_dir,
             columns=config.columns, ambiguous=config.ambiguous,

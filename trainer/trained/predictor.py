@@ -198,7 +198,9 @@ def _chunked(examples: Iterable[Any]) -> Iterator[list[Any]]:
 
 def as_scoring(config: PredictConfig) -> ScoreConfig:
     """The options of evaluate that say the same, where they are not the default."""
-    names = "max_length stride max_answer_length null_threshold num_best text precision device tf32".split()
+    names = (
+        "base max_length stride max_answer_length null_threshold num_best text precision device tf32".split()
+    )
     default = PredictConfig()
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
     return ScoreConfig(model=config.model, **given)

@@ -44,7 +44,8 @@ def command_line(command: str, config: Any) -> str:
 
 def weights_of(folder: Path) -> dict[str, str]:
     """File name -> SHA-256 of the weights in a model folder; {} for a Hub name."""
-    files = sorted([*folder.glob("model*.safetensors"), *folder.glob("model.onnx*")])
+    patterns = ("model*.safetensors", "adapter_model.safetensors", "model.onnx*")
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     return {file.name: sha256(file) for file in files}
 
 
