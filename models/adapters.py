@@ -67,7 +67,7 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError("peft: the package is not installed; pip install peft.") from None
+        raise InputError("peft: the package is not installed; pip install 'plainloop[peft]'.") from None
     return peft
 
 
@@ -109,15 +109,6 @@ def frozen_in_bf16(network: Any) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.requires_grad and id(parameter) not in others:
                 setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
-
-
-def weights_to_keep(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: its state_dict; with adapters only what is trained."""
-    weights = model.state_dict()
-    if not has_adapters(model):
-        return weights
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: tensor for name, tensor in weights.items() if name in trained}
 
 
 @torch.no_grad()

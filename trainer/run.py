@@ -193,7 +193,9 @@ def new_state(
         model, world, partial(compiled, num_shapes=num_shapes) if config.model.compile else None
     )
     optimizer, scaler = make_optimizer(model, config.optim), make_scaler(config.precision, world.device)
-    return TrainState(model, parallel, optimizer, scaler, world.device, heartbeat or Heartbeat())
+    return TrainState(
+        model, parallel, optimizer, scaler, world.device, heartbeat or Heartbeat(), has_adapters(model)
+    )
 
 
 def report(config: TrainConfig, progress: Progress, steps: Steps, data: dict[str, Dataset]) -> None:
@@ -215,7 +217,7 @@ def report(config: TrainConfig, progress: Progress, steps: Steps, data: dict[str
     parameters = sum(p.numel() for p in state.model.parameters())
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     share = "" if trained == parameters else f" of which {trained / 1e6:.2f} M are trained,"
-    saved = trained if has_adapters(state.model) else parameters
+    saved = trained if state.adapted else parameters
     free = shutil.disk_usage(config.run_dir).free / 1e9
     log.say(
         f"{parameters / 1e6:.1f} M parameters,{share} {config.precision}, {world.size} x {world.device.type};"

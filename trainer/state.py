@@ -41,6 +41,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    adapted: bool = False  # the model has adapters: of its weights, checkpoints hold only what is trained
     step: int = 0  # completed steps
     order: str = ""
     order_since: int = 0
@@ -66,6 +67,14 @@ class TrainState:
         self.step += 1
         self.heartbeat.step, self.heartbeat.trained = self.step, True
         self.rows, self.order = rows, order_digest(self.order, rows)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the model: its state_dict; with adapters, only what is trained."""
+        weights = self.model.state_dict()
+        if not self.adapted:
+            return weights
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in weights.items() if name in trained}
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """Optimizer state as '<parameter>/<key>' -> tensor: what this rank holds of it."""

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from plainloop.models.adapters import has_adapters, weights_to_keep
 from plainloop.trainer.checkpoint import folder as checkpoints
 from plainloop.trainer.checkpoint.host_copy import Tensors
 from plainloop.trainer.checkpoint.writer import FULL, Save, SaveCheckpoint
@@ -38,7 +37,7 @@ RUNNING, DONE, FAILED = range(3)
 
 def shard_tensors(state: TrainState, *, first: bool) -> Tensors:
     """What this rank holds of weights and optimizer state. Only the first shard has what is not split."""
-    kept = weights_to_keep(state.model).keys()
+    kept = state.weights().keys()
     parameters = [(n, p) for n, p in state.model.named_parameters() if n in kept]
     held: Tensors = {f"weights/{name}": local(p.detach()) for name, p in parameters}
     whole = {f"weights/{name}": buffer for name, buffer in state.model.named_buffers() if name in kept}
@@ -92,7 +91,7 @@ class SaveShards(SaveCheckpoint):
         sizes = all_ranks(torch.tensor([sum(t.nbytes for t in tensors.values())]))
         best = best_step(record["evaluations"], self.metric) == state.step
         ending = state.step == self.progress.total_steps or state.stop is not None
-        kept = weights_to_keep(state.model).values()
+        kept = state.weights().values()
         plain = sum(4 * tensor.numel() for tensor in kept) if best or ending else 0
         temporary = self._prepare(record, int(sizes.sum()) + plain + (4 << 20))
         if temporary is None:
@@ -185,7 +184,7 @@ class SaveShards(SaveCheckpoint):
         return path, seconds
 
     def _complete(self, folder: Path, *, weights: bool) -> None:
-        if weights and has_adapters(self.progress.state.model):  # which are small
+        if weights and self.progress.state.adapted:  # which are small
             held = open_shards(folder)
             assert held is not None
             held = held.below("weights/")

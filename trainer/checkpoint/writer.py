@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from plainloop.models.adapters import weights_to_keep
 from plainloop.trainer.checkpoint import folder as checkpoints
 from plainloop.trainer.checkpoint.host_copy import HostCopy, Tensors
 from plainloop.trainer.checkpoint.retention import retain
@@ -85,7 +84,7 @@ class SaveCheckpoint:
     def reserve(self, state: TrainState) -> None:
         """Allocate the host memory for saves now, so that a shortage shows before training starts."""
         if self.config.async_ and self.world.is_main:
-            self._copies[0](weights_to_keep(state.model))
+            self._copies[0](state.weights())
             self._copies[1](state.optimizer_tensors())
 
     def close(self) -> None:
@@ -123,7 +122,7 @@ class SaveCheckpoint:
         """Rank 0 only. Start a save in the thread, from a host copy; without `async`, no copy, and wait."""
         started = time.perf_counter()
         self._collect(wait=True)
-        weights, optimizer = weights_to_keep(state.model), state.optimizer_tensors()
+        weights, optimizer = state.weights(), state.optimizer_tensors()
         if self.config.async_:
             weights, optimizer = self._copies[0](weights), self._copies[1](optimizer)
         size = sum(t.nbytes for t in [*weights.values(), *optimizer.values()]) + (4 << 20)

@@ -153,8 +153,10 @@ def verify(before: str, after: str, files: list[str], base: str | None = None, *
     RunError if any answer differs. exact: scores must be the same too.
     """
     device = "cpu" if is_onnx(after) else "auto"
-    options: dict[str, Any] = {"precision": "fp32", "device": device, "base": base}
-    models = [Predictor.from_run(model, **options) for model in (before, after)]
+    models = []
+    for model in (before, after):
+        own = base if (Path(model) / adapters.CONFIG_FILE).is_file() else None
+        models.append(Predictor.from_run(model, precision="fp32", device=device, base=own))
     read = models[0].read(files)
     processes = tokenising_processes(models[0].config)
     count, largest, differing = 0, 0.0, []

@@ -92,7 +92,7 @@ def pretrained_folder(path: str) -> Path:
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(path)
-    if not folder.is_dir():
+    if not folder.is_dir() and not path.startswith((".", "/", "~")) and path.count("/") < 2:
         cached = try_to_load_from_cache(path, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
     return folder

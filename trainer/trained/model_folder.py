@@ -115,8 +115,6 @@ def load_model(task: Any, path: str, run: TrainConfig, world: Any) -> Any:
 
     if is_onnx(path):
         return OnnxSpanModel(path, world.device)
-    if recorded := recorded_in(path).get("base"):
-        require_base(recorded, run.model.path)
     return loading.load_model(task, path, run, world, new_head=False)
 
 
@@ -157,15 +155,19 @@ def as_trained(path: str, config: ScoreConfig) -> tuple[TrainConfig, Calibration
     if ":" in recorded and config.task is None:
         raise InputError(f"{path}: was trained with a task of your own; name it: --task {recorded}.")
     base = from_dict(TrainConfig, trained)
-    adapted = base.peft.rank > 0
+    own_path = path
+    if base.peft.rank:
+        own_path = config.base or base.model.path
+        require_base(recorded_in(path)["base"], own_path)
+    elif config.base:
+        raise InputError(f"--base: {path} has no adapters; leave it out.")
     chosen = {"max_length": config.max_length, "stride": config.stride}
     calibrated = config.null_threshold == "calibrated"
     run = replace(
         base,
         task=config.task or recorded,
         model=replace(
-            base.model, path=(config.base or base.model.path) if adapted else path,
-            compile=False, activation_checkpointing=False, attention=None,
+            base.model, path=own_path, compile=False, activation_checkpointing=False, attention=None,
         ),
         peft=replace(base.peft, base_dtype="fp32"),
         data=replace(
