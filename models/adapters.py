@@ -98,7 +98,7 @@ def adapter_layers(network: Any) -> list[Any]:
 
 def frozen_in_bf16(network: Any) -> None:
     """Keep the frozen weights and biases of linear layers in bf16, to which autocast would round them for
-    each product: the results are the same bits. Others, such as embeddings, stay in fp32.
+    each product: LoRA gives the same bits. Others, such as embeddings, stay in fp32.
     """
     others = {
         id(p) for m in network.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)

@@ -26,11 +26,16 @@ class Weights(Protocol):
     def whole(self, name: str) -> Tensor: ...
 
 
-_LATER: ContextVar[Weights | None] = ContextVar("weights that are read later", default=None)
+class NoWeights:
+    """Stands for the weights where only the shapes of a network are wanted: it stays on the meta device."""
+
+
+NO_WEIGHTS = NoWeights()
+_LATER: ContextVar[Weights | NoWeights | None] = ContextVar("weights that are read later", default=None)
 
 
 @contextlib.contextmanager
-def weights_later(weights: Weights | None) -> Iterator[None]:
+def weights_later(weights: Weights | NoWeights | None) -> Iterator[None]:
     """In this context load_network leaves the weights out; read_weights adds them. None: no such context."""
     token = _LATER.set(weights)
     try:
@@ -39,12 +44,14 @@ def weights_later(weights: Weights | None) -> Iterator[None]:
         _LATER.reset(token)
 
 
-def promised_weights() -> Weights | None:
+def promised_weights() -> Weights | NoWeights | None:
     """The argument of the surrounding weights_later."""
     return _LATER.get()
 
 
-def build(auto_class: Any, path: str, config: Any, weights: Weights, **options: Any) -> tuple[Any, list[str]]:
+def build(
+    auto_class: Any, path: str, config: Any, weights: Weights | NoWeights, **options: Any
+) -> tuple[Any, list[str]]:
     """Return a network on the meta device and the names of its parameters that the weights lack. These are
     initialised as from_pretrained does, with torch's generator; buffers too.
     """
@@ -55,6 +62,8 @@ def build(auto_class: Any, path: str, config: Any, weights: Weights, **options: 
     if network.can_generate():
         with contextlib.suppress(OSError):
             network.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    if isinstance(weights, NoWeights):
+        return network, []
     new = []
     for name, parameter in list(network.named_parameters()):
         key = _key(network, name, weights)

@@ -1,8 +1,9 @@
 """Peak memory of a rank with a model of 409 M parameters: whole on one rank, or sharded over 2 and 4.
 
 usage: python tests/bench/sharding.py
-Peak resident memory above that of the imports, after loading, two steps, and a copy and save of the state.
-Pages of the model's file that were read count too, though the kernel may drop them.
+Peak resident memory above that of the imports, after loading, two steps, and a copy and save of the state;
+beside it, plainloop's estimate from the config alone. Pages of the model's file that were read count too,
+though the kernel may drop them: what loading needed besides the weights is added to the estimates.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from common import setup
+from common import Bench, setup
+
+from plainloop.trainer.tasks.footprint import RESERVE, Footprint
 
 TINY = "TINY" in os.environ  # smoke test: one round
 LAYERS = 2 if TINY else 30
@@ -40,6 +43,15 @@ def make_model(folder: Path, tokenizer: str) -> None:
     )
     torch.manual_seed(0)
     BertForQuestionAnswering(config).save_pretrained(folder)
+
+
+def estimate(bench: Bench, model_path: str) -> Footprint:
+    """From the config alone."""
+    from plainloop.trainer.tasks import footprint
+
+    config = replace(bench.config, precision="fp32", batch_size=4)
+    config = replace(config, model=replace(config.model, path=model_path))
+    return footprint.footprint(bench.task, bench.data, config, 256)
 
 
 def measure(cache: str, model_path: str, ranks: int) -> None:
@@ -92,6 +104,7 @@ def main() -> None:
         model = Path(root) / "model"
         model.mkdir()
         make_model(model, bench.path)
+        expected = estimate(bench, str(model))
         for ranks in (1, 2) if TINY else (1, 2, 4):
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             line = [sys.executable, *launcher, __file__, "--child", root, str(model), str(ranks)]
@@ -101,7 +114,16 @@ def main() -> None:
                 raise SystemExit(result.stderr[-3000:])
             found = json.loads([text for text in result.stdout.splitlines() if text.startswith("{")][-1])
             parameters = found.pop("parameters")
-            shares = ", ".join(f"{name} {value:.2f} GB" for name, value in found.items())
+            shared = expected.weights / 1e9 / ranks
+            mapped = max(0.0, found["load"] - shared)
+            step = expected.memory(256, shards=ranks) / 1e9 + mapped
+            # A save holds weights and moments twice, but neither gradients nor activations.
+            guess = {"step": step, "save": max(step, 6 * shared + RESERVE / 1e9 + mapped)}
+            shares = ", ".join(
+                f"{name} {value:.2f} GB"
+                + (f" (estimated {guess[name]:.2f}, {guess[name] / value - 1:+.0%})" if name in guess else "")
+                for name, value in found.items()
+            )
             print(f"{parameters / 1e6:.0f} M parameters, rank 0 of {ranks}: {shares}", flush=True)
             shutil.rmtree(model / f"out-{ranks}")
 

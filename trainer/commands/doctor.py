@@ -18,7 +18,7 @@ import torch
 from plainloop.data.samplers import total_lengths
 from plainloop.models.load import OVERFLOWS_IN_FP16, load_config, overflows_in_fp16
 from plainloop.trainer.checkpoint.folder import checkpoint_bytes
-from plainloop.trainer.commands.memory import Pass, measure, memory_of, parameters_of
+from plainloop.trainer.commands.memory import SAMPLE, Pass, estimate, measure, memory_of
 from plainloop.trainer.commands.probe import (
     TwoRanks,
     nearest_existing,
@@ -40,8 +40,8 @@ from plainloop.trainer.run_folder.log import format_duration
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
 from plainloop.trainer.tasks.find import find_hooks, find_task
+from plainloop.trainer.tasks.model import shape_model
 
-SAMPLE = 256  # training examples to tokenise
 PROBE_FLOPS = 6e11  # of one pass on a CPU, at most
 TOO_LARGE = 1_000_000_000  # parameters; above this, no model is loaded on a CPU for a check
 
@@ -55,7 +55,7 @@ class Doctor:
         self.task: Task | None = None
         self.rows: Dataset | None = None
         self.examples = 0
-        self.parameters = 0
+        self.parameters = self.trained = 0
         self.measured: Pass | None = None
         self.write_speed = 0.0  # bytes per second
         self.ranks: TwoRanks | None = None
@@ -125,8 +125,10 @@ class Doctor:
         if fetched and (fault := fault_of(Path(path))):
             raise InputError(f"{path}: {fault}; fetch it again.")
         self.task = task
-        self.parameters = parameters_of(found)
-        size = f"about {self.parameters / 1e6:.1f} M parameters"
+        shapes = shape_model(task, self.config)
+        self.parameters = sum(p.numel() for p in shapes.parameters())
+        self.trained = sum(p.numel() for p in shapes.parameters() if p.requires_grad)
+        size = f"{self.parameters / 1e6:.1f} M parameters"
         text = f"{path}: {found.model_type}, {size}, readable without network"
         if self.config.precision == "fp16" and found.model_type in OVERFLOWS_IN_FP16:
             raise CheckWarning(
@@ -206,7 +208,10 @@ class Doctor:
         world, config = self._need(self.world, "the device"), self.config
         memory, where = memory_of(world)
         if world.device.type == "cpu" and self.parameters > TOO_LARGE:
-            raise CheckWarning(f"not measured: {self.parameters / 1e9:.1f} B parameters, and no GPU here")
+            raise CheckWarning(
+                f"not measured: {self.parameters / 1e9:.1f} B parameters, and no GPU here; give --gpus and"
+                " --gpu_gb for an estimate"
+            )
         wanted = min(
             config.max_tokens(world.device.type),
             config.batch_size * int(total_lengths(rows.store.row_lengths).max()),
@@ -220,7 +225,7 @@ class Doctor:
             f" {where}: {memory / 1e9:.1f} GB"
         )
         if config.parallel.mode == "fsdp":
-            return f"{text}; that is for ddp: with fsdp, ranks share the weights and the optimizer state"
+            return f"{text}; that is for ddp: for fsdp, give --gpus and --gpu_gb"
         if needed > memory:
             remedy = f"--tokens_per_device {fits} fits" if fits else "not even 256 tokens fit"
             raise InputError(f"{text}; {remedy}; --model.activation_checkpointing true needs less.")
@@ -281,7 +286,7 @@ class Doctor:
     def _checkpoint_bytes(self) -> int:
         if not self.parameters:
             raise CheckWarning("not checked: depends on the model")
-        return checkpoint_bytes(self.parameters)
+        return checkpoint_bytes(self.trained)
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -290,6 +295,8 @@ def doctor(config: DoctorConfig) -> int:
         os.environ.pop(name, None)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="plainloop-doctor-") as scratch:
+        if config.gpu_gb:
+            return estimate(config, Path(scratch))
         code = Doctor(config, Path(scratch)).run()
     print(f"{'fix the FAIL lines' if code else 'ready'} ({time.monotonic() - started:.0f} s)")
     return code

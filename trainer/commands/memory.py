@@ -1,9 +1,10 @@
-"""Measure the memory and time a rank needs for a forward and backward pass, for `plainloop doctor`."""
+"""The memory a rank needs, for `plainloop doctor`: measured here, or estimated for other machines."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plainloop.data.types import MicroBatch
-from plainloop.trainer.config.options import TrainConfig
+from plainloop.trainer.checkpoint.folder import checkpoint_bytes
+from plainloop.trainer.config.command_options import DoctorConfig
+from plainloop.trainer.config.options import PeftConfig, TrainConfig
+from plainloop.trainer.config.validate import validate
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import InputError, is_out_of_memory
 from plainloop.trainer.loop import StepOptions, add_gradients
@@ -21,8 +25,11 @@ from plainloop.trainer.run import new_state
 from plainloop.trainer.state import TrainState
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
+from plainloop.trainer.tasks.find import find_task
+from plainloop.trainer.tasks.footprint import Footprint, footprint, made_up_data
 from plainloop.trainer.tasks.model import load_model
 
+SAMPLE = 256  # training examples to tokenise for a check
 RESERVE = 1 << 30  # bytes for the CUDA context, or for Python and its libraries
 BACKWARD = 1.25  # factor for activation gradients and workspaces on top of saved activations
 
@@ -149,9 +156,95 @@ def memory_of(world: World) -> tuple[int, str]:
     return int(lines["MemAvailable"].split()[0]) << 10, "free memory of this machine"
 
 
-def parameters_of(config: Any) -> int:
-    """Count the parameters of a transformers config without its weights: built on the meta device."""
-    from transformers import AutoModel
+def estimate(config: DoctorConfig, scratch: Path) -> int:
+    """Print what the run needs as configured, and in other layouts. Return 1 if it does not fit as it is.
 
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModel.from_config(config).parameters())
+    Raises InputError.
+    """
+    started, memory = time.monotonic(), (config.gpu_gb or 0.0) * 1e9
+    config = replace(config, precision="bf16" if config.precision == "auto" else config.precision)
+    task = find_task(config.task)(config)
+    made_up = config.data.train is None
+    given = replace(config, data=replace(config.data, train="made up" if made_up else config.data.train))
+    validate(given, uses=task.uses, metric_names=task.metric_names)
+    data = made_up_data(task, config, scratch) if made_up else _sample(task, config, scratch)
+    wanted, known, code = config.max_tokens("cuda"), dict[str, Footprint](), 0
+    for number, layout in enumerate(layouts(config)):
+        key = repr((layout.peft, layout.model))
+        try:
+            if key not in known:
+                known[key] = footprint(task, data, layout, wanted)
+        except InputError as error:
+            if number == 0:
+                raise
+            print(f"      {described(layout)}: {error}", flush=True)
+            continue
+        found, shards = known[key], layout_shards(layout, config.gpus)
+        options: dict[str, Any] = {"shards": shards, "gather_dtype": layout.parallel.gather_dtype}
+        needed, fits = found.memory(wanted, **options), found.fitting(memory, **options)
+        if number == 0:
+            rows = "" if made_up else " of this data"
+            print(
+                f"{config.model.path}: {found.parameters / 1e6:.1f} M parameters, {config.optim.name},"
+                f" {config.precision}, micro-batches of {wanted} tokens, the longest rows{rows}"
+            )
+            code = int(needed > memory)
+        level = "ok" if needed <= memory else ("FAIL" if number == 0 else "no")
+        text = f"{described(layout)}: {needed / 1e9:.1f} GB"
+        text += f", a checkpoint of {checkpoint_size(found, layout) / 1e9:.2f} GB"
+        text += f"; up to {fits} tokens fit" if fits else "; no row fits"
+        print(f"{level:4}  {text}", flush=True)
+    print(f"estimated for {config.gpus} x {memory / 1e9:.0f} GB in {time.monotonic() - started:.0f} s")
+    return code
+
+
+def layouts(config: DoctorConfig) -> Iterator[TrainConfig]:
+    """The configured run first, then others that need less memory."""
+    yield config
+    less = replace(config, model=replace(config.model, activation_checkpointing=True))
+    can_shard = config.gpus > 1 and config.optim.name != "adafactor" and not config.model.compile
+    if can_shard and config.parallel.mode == "ddp":
+        sharded = replace(config.parallel, mode="fsdp")
+        yield replace(config, parallel=sharded)
+        yield replace(less, parallel=sharded)
+    elif not config.model.activation_checkpointing:
+        yield less
+    if can_shard and config.precision == "bf16" and config.parallel.gather_dtype == "fp32":
+        yield replace(less, parallel=replace(config.parallel, mode="fsdp", gather_dtype="bf16"))
+    if config.peft.rank == 0:
+        base: Any = "bf16" if config.precision == "bf16" else "fp32"
+        whole = replace(config.parallel, mode="ddp", shard_size=None, gather_dtype="fp32")
+        yield replace(config, peft=PeftConfig(rank=16, base_dtype=base), parallel=whole)
+
+
+def layout_shards(config: TrainConfig, gpus: int) -> int:
+    """Into how many shards the model is cut. Raises InputError."""
+    if config.parallel.mode == "ddp":
+        return 1
+    if gpus == 1:
+        raise InputError("parallel fsdp: needs several GPUs; say how many with --gpus.")
+    return config.parallel.shard_size or gpus
+
+
+def described(config: TrainConfig) -> str:
+    parts: list[str] = [config.parallel.mode]
+    if config.parallel.gather_dtype == "bf16":
+        parts.append("parallel.gather_dtype bf16")
+    if config.model.activation_checkpointing:
+        parts.append("model.activation_checkpointing true")
+    if config.peft.rank:
+        parts.append(f"peft.rank {config.peft.rank}, peft.base_dtype {config.peft.base_dtype}")
+    return ", ".join(parts)
+
+
+def checkpoint_size(found: Footprint, config: TrainConfig) -> int:
+    """Bytes of a checkpoint with its optimizer state."""
+    return checkpoint_bytes(found.trained if config.peft.rank else found.parameters)
+
+
+def _sample(task: Task, config: TrainConfig, scratch: Path) -> Dataset:
+    data = replace(config.data, cache_dir=str(scratch), processes=1)
+    limit = min(SAMPLE, config.data.limit or SAMPLE)
+    one = World(0, 1, 0, torch.device("cpu"))
+    small = replace(config, data=data)
+    return tasks.load_split(task, "train", config.data.train or "", small, one, limit=limit)

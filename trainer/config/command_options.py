@@ -20,6 +20,13 @@ class DoctorConfig(TrainConfig):
     hours: float | None = option(
         None, "the job's time limit in hours; default: that of the current job, if any"
     )
+    gpus: int = option(1, "with gpu_gb: the number of GPUs, all of one node or of several", minimum=1)
+    gpu_gb: float | None = option(
+        None,
+        "check nothing here; estimate from the model's config alone whether the run fits into GPUs of this"
+        " size, in 1e9 bytes, and what would",
+        above=0,
+    )
     prove: bool = option(
         False,
         "then train a few steps: check that resuming is bitwise exact here, and find the fastest settings",

@@ -65,5 +65,7 @@ class PeftConfig:
         "lora", "dora: directions and magnitudes apart; rslora: scaled for high ranks"
     )
     base_dtype: Literal["fp32", "bf16"] = option(
-        "fp32", "dtype of the frozen linear layers; bf16, with precision bf16: the same bits, half the memory"
+        "fp32",
+        "dtype of the frozen linear layers; bf16, with precision bf16: half the memory, and with lora the"
+        " same bits",
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from plainloop.models import adapters
 from plainloop.models.cpu_dropout import speed_up_dropout
 from plainloop.models.load import checkpoint_activations, save_network
-from plainloop.models.on_meta import read_weights, weights_later
+from plainloop.models.on_meta import NO_WEIGHTS, read_weights, weights_later
 from plainloop.models.position_bias import mask_in_each_layer, share_position_bias
 from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.distributed.parallel import first_row, local, shard
@@ -63,6 +63,18 @@ def load_model(
         except ValueError as error:
             raise InputError(f"{path}: these adapters do not fit the options peft: {error}.") from None
     return model if sharded else model.to(world.device)
+
+
+def shape_model(task: Task, config: TrainConfig) -> Any:
+    """The model of config.model.path on the meta device, as for a GPU: all but its weights."""
+    with weights_later(NO_WEIGHTS):
+        model: Any = task.load_model(config.model.path)
+    if config.peft.rank:
+        _add_adapters(model, config)
+    if config.model.activation_checkpointing:
+        checkpoint_activations(model.network)
+    share_position_bias(model.network)
+    return model
 
 
 def _add_adapters(model: Any, config: TrainConfig) -> None:
