@@ -2,8 +2,8 @@
 
 usage: python tests/bench/sharding.py
 Peak resident memory above that of the imports, after loading, two steps, and a copy and save of the state;
-beside it, plainloop's estimate from the config alone. Pages of the model's file that were read count too,
-though the kernel may drop them: what loading needed besides the weights is added to the estimates.
+beside it, plainloop's estimate from the config alone. While loading, pages of the model's file that were
+read count too, though the kernel may drop them.
 """
 
 from __future__ import annotations
@@ -115,10 +115,9 @@ def main() -> None:
             found = json.loads([text for text in result.stdout.splitlines() if text.startswith("{")][-1])
             parameters = found.pop("parameters")
             shared = expected.weights / 1e9 / ranks
-            mapped = max(0.0, found["load"] - shared)
-            step = expected.memory(256, shards=ranks) / 1e9 + mapped
+            step = expected.memory(256, shards=ranks) / 1e9
             # A save holds weights and moments twice, but neither gradients nor activations.
-            guess = {"step": step, "save": max(step, 6 * shared + RESERVE / 1e9 + mapped)}
+            guess = {"step": step, "save": max(step, 6 * shared + RESERVE / 1e9)}
             shares = ", ".join(
                 f"{name} {value:.2f} GB"
                 + (f" (estimated {guess[name]:.2f}, {guess[name] / value - 1:+.0%})" if name in guess else "")

@@ -22,6 +22,7 @@ LAST = {
     "report.py": r"ready: ",
     "sharding.py": r"rank 0 of 2: load [\d.]+ GB",
     "answers.py": r"ours auto / loop = \d",
+    "paper.py": r"lora \| 8 \| [\d.]+ GB",
 }
 
 
