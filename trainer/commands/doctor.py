@@ -208,10 +208,8 @@ class Doctor:
         world, config = self._need(self.world, "the device"), self.config
         memory, where = memory_of(world)
         if world.device.type == "cpu" and self.parameters > TOO_LARGE:
-            raise CheckWarning(
-                f"not measured: {self.parameters / 1e9:.1f} B parameters, and no GPU here; give --gpus and"
-                " --gpu_gb for an estimate"
-            )
+            size = f"{self.parameters / 1e9:.1f} B parameters"
+            raise CheckWarning(f"not measured: {size}, and no GPU here; to estimate, give --gpu_gb")
         wanted = min(
             config.max_tokens(world.device.type),
             config.batch_size * int(total_lengths(rows.store.row_lengths).max()),
