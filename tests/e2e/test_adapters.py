@@ -22,7 +22,7 @@ def test_ranks_and_shards_follow_the_curve_of_one_process(
     targets = "[query, value]" if task == "span" else "[q, v]"
     options |= {"peft.rank": 4, "peft.targets": targets, "peft.method": method, "max_steps": 30}
     options |= STILL if task == "span" else {"model.dropout": 0}
-    runs = {"one": (0, {}), "ddp": (2, {}), "fsdp": (2, FSDP), "fsdp3": (3, FSDP)}
+    runs = {"one": (0, {}), "ddp": (2, {}), "fsdp": (3, FSDP)}
     curves = {}
     for name, (ranks, more) in runs.items():
         launch(ranks, "train", options | more | {"run_dir": tmp_path / name})

@@ -20,7 +20,7 @@ SPAN = {"peft.rank": 4, "peft.targets": "[query, key, value]", "max_steps": 6}
 TEXT = {"peft.rank": 4, "peft.targets": "[q, v]", "max_steps": 6, "peft.method": "rslora"}
 
 
-@pytest.fixture(params=["span", "text"])
+@pytest.fixture(params=["span", pytest.param("text", marks=pytest.mark.slow)])
 def given(request: Any) -> dict[str, Any]:
     """Options of a run with adapters, for each task."""
     if request.param == "span":

@@ -60,7 +60,7 @@ def test_footprint_needs_no_weights(without_weights: str, tmp_path: Path) -> Non
     assert four[1] < four[0] < found.memory(960)
 
 
-@pytest.mark.parametrize("task", ["span", "text"])
+@pytest.mark.parametrize("task", [pytest.param("span", marks=pytest.mark.slow), "text"])
 def test_doctor_estimates_from_the_config_alone(
     task: str, without_weights: str, tiny_t5: Path, tmp_path: Path, capsys: Any
 ) -> None:
