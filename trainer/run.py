@@ -33,6 +33,7 @@ from plainloop.trainer.hooks import CompareRanks, Evaluate, LogLine, NonFinite, 
 from plainloop.trainer.loop import Hook, StepOptions, Verdict, fit
 from plainloop.trainer.optim import learning_rate, make_optimizer
 from plainloop.trainer.precision import make_scaler, resolve_precision, warnings
+from plainloop.trainer.run_folder.base_model import describe_base
 from plainloop.trainer.run_folder.log import Log
 from plainloop.trainer.run_folder.status import hold
 from plainloop.trainer.state import Progress, TrainState
@@ -174,6 +175,8 @@ def start_or_resume(
     model = load_model(
         task, path, config, world, new_head=found is None, sharded=config.parallel.mode == "fsdp"
     ).train()
+    if config.peft.rank and world.is_main:
+        metadata["base"] = found.state["base"] if found else describe_base(config.model.path)
     keep_compiled_code(config.data.cache_dir, world.device)
     state = new_state(model, config, world, heartbeat, num_shapes=steps.widths.num_shapes)
     if found:

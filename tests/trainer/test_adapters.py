@@ -137,6 +137,9 @@ def test_another_base_is_refused(options: Any, tmp_path: Path, capfd: Any) -> No
     evaluate = ["evaluate", "--model", options["run_dir"], "--data", options["data.train"]]
     capfd.readouterr()
     assert main([*evaluate, "--base", str(moved)]) == 0
+    alone = options | {"model.path": str(Path(options["run_dir"]) / "checkpoints/step-00000002")}
+    assert run(alone, run_dir=tmp_path / "alone") == 2
+    assert "has only adapters; give a whole model, or merge them first" in capfd.readouterr().err
     changed = {name: tensor + 1 for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
     expected = f"{other}: not the base model of these adapters, which was {options['model.path']} (SHA-256"

@@ -19,7 +19,7 @@ from plainloop.trainer.config.validate import config_differences
 from plainloop.trainer.distributed.device import what_affects_rounding
 from plainloop.trainer.distributed.world import World, broadcast_json
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.run_folder.base_model import describe_base, require_base
+from plainloop.trainer.run_folder.base_model import require_base
 from plainloop.trainer.run_folder.files import sweep, write_atomically
 from plainloop.trainer.run_folder.log import Log
 
@@ -72,7 +72,6 @@ def run_metadata(config: TrainConfig, world: World, data: Store, max_tokens: int
     return {
         "config": asdict(config),
         "fingerprint": {"data": data.name},
-        **({"base": describe_base(config.model.path)} if config.peft.rank and world.is_main else {}),
         "counts": dict(data.meta["counts"]),
         "environment": {
             "tokens_per_device": max_tokens,

@@ -26,33 +26,33 @@ from plainloop.trainer.state import TrainState
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
 from plainloop.trainer.tasks.find import find_task
-from plainloop.trainer.tasks.footprint import Footprint, footprint, made_up_data
+from plainloop.trainer.tasks.footprint import RESERVE, Footprint, footprint, made_up_data
 from plainloop.trainer.tasks.model import load_model
 
 SAMPLE = 256  # training examples to tokenise for a check
-RESERVE = 1 << 30  # bytes for the CUDA context, or for Python and its libraries
 BACKWARD = 1.25  # factor for activation gradients and workspaces on top of saved activations
 
 
 @dataclass(frozen=True)
 class Pass:
     """A measured forward and backward pass: padded tokens, seconds, bytes saved for backward (activations,
-    and 16-bit casts of the weights), and number of parameters.
+    and 16-bit casts of the weights), bytes of the weights, and number of trained parameters.
     """
 
     tokens: int
     seconds: float
     activations: int
     casts: int
-    parameters: int
+    weights: int
+    trained: int
 
     def memory(self, tokens: int, optimizer: str) -> int:
-        """Bytes a rank needs for micro-batches of this many padded tokens: weights and gradients in fp32,
+        """Bytes a rank needs for micro-batches of this many padded tokens: weights, gradients in fp32,
         AdamW's two moments, what forward saves for backward (measured), and a reserve.
         """
-        state = 8 if optimizer == "adafactor" else 16
+        state = self.weights + (4 if optimizer == "adafactor" else 12) * self.trained
         activations = BACKWARD * self.activations / self.tokens * tokens
-        return int(state * self.parameters + self.casts + activations) + RESERVE
+        return int(state + self.casts + activations) + RESERVE
 
     def fitting(self, memory: int, optimizer: str) -> int:
         """The largest multiple of 256 for tokens_per_device that fits into this memory; 0 if none does."""
@@ -122,8 +122,9 @@ def measure_pass(state: TrainState, micro_batch: MicroBatch, options: StepOption
     seconds = time.perf_counter() - started
     tokens = sum(t.numel() for name, t in micro_batch[0].items() if name.endswith("input_ids"))
     cast = sum(size for storage, size in kept.items() if storage in casts.storages)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Pass(tokens, seconds, sum(kept.values()) - cast, cast, parameters)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Pass(tokens, seconds, sum(kept.values()) - cast, cast, size, trained)
 
 
 def _pass(state: TrainState, micro_batch: MicroBatch, options: StepOptions) -> None:

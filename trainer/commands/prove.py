@@ -175,7 +175,7 @@ class Prover:
 
         path = self.scratch / folder / f"checkpoints/step-{step:08d}"
         found: dict[str, torch.Tensor] = load_file(path / "optimizer.safetensors")
-        for file in path.glob("model*.safetensors"):
+        for file in path.glob("*model*.safetensors"):  # or adapter_model.safetensors
             found |= load_file(file)
         return found
 

@@ -104,7 +104,7 @@ def _fill(
         "versions": versions(),
     }
     if merge:
-        trained = options["config"] = {**trained, "peft": {}}
+        options["config"] = {**trained, "peft": {}}
         if not config.onnx:
             _merge(folder, source, config.base)
     elif adapted:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from plainloop.models.adapters import CONFIG_FILE
 from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.config.parse import flatten, from_dict, plain
 from plainloop.trainer.config.trained_options import ExportConfig
@@ -32,8 +33,12 @@ def model_card(
     fetched = read_source(Path(run.model.path)) or {}
     on_hub = fetched.get("name") or (run.model.path if not Path(run.model.path).exists() else None)
     base = on_hub or Path(run.model.path).name
+    adapted = (folder / CONFIG_FILE).is_file()
+    use = 'plainloop predict --model FOLDER --question "..." --context page.txt'
+    if adapted:
+        use = f"# These are adapters: BASE is a folder with {base}\n{use} --base BASE"
     header = {
-        "library_name": "transformers" if not config.onnx else "onnx",
+        "library_name": "onnx" if config.onnx else "peft" if adapted else "transformers",
         "pipeline_tag": "question-answering" if run.task == "span" else "text2text-generation",
         **({"base_model": on_hub} if on_hub else {}),
         "tags": ["plainloop", f"plainloop-{run.task}"],
@@ -43,7 +48,7 @@ def model_card(
         "# license: to be chosen by the author; mind those of the base model and of the data\n---",
         f"# {folder_title(config)}\n\n{_what(run.task)}, fine-tuned from `{base}` with plainloop.",
         f"## Licence and intended use\n\n{TO_COMPLETE} Licence, languages, intended use, known limits.",
-        '## Use\n\n```bash\nplainloop predict --model FOLDER --question "..." --context page.txt\n```',
+        f"## Use\n\n```bash\n{use}\n```",
         "## Training data\n\n" + _data(run, state),
         "## Recipe\n\nThe options that differ from the defaults; all are in `plainloop.json`.\n\n```yaml\n"
         + yaml.safe_dump(_recipe(trained), sort_keys=False, allow_unicode=True)

@@ -30,6 +30,11 @@ def load_model(
     """
     trained = open_adapters(Path(path))
     base = path if trained is None else config.model.path
+    if trained is not None and base == path:
+        raise InputError(
+            f"model.path {path}: has only adapters; give a whole model, or merge them first: plainloop export"
+            " RUN --out FOLDER --merge true."
+        )
     weights = open_shards(Path(base))
     if weights is not None:
         weights = weights.below("weights/network.")
