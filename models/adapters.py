@@ -7,6 +7,7 @@ files, adapter_config.json and adapter_model.safetensors, and nothing of the bas
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -64,6 +65,7 @@ def add_adapters(
 
 def import_peft() -> Any:
     """The peft package. Raises InputError if it is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it has notes to make
     try:
         import peft
     except ImportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -76,12 +77,49 @@ class Adafactor(torch.optim.Optimizer):
         weight.sub_(update.mul_(size))
 
 
+def adamw_8bit(groups: list[dict[str, object]], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW with both moments in 8 bits, in blocks of 256 with a scale each (Dettmers et al. 2022), by
+    bitsandbytes. Tensors of fewer than 4,096 numbers keep fp32 moments.
+
+    Unlike the others it waits for the device once per step, to know whether to skip it.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # notes about kernels that are not used here
+    from bitsandbytes.optim import AdamW8bit
+
+    class Skipping(AdamW8bit):
+        """Skips a step if `found_inf` is set. Between steps, the counts are tensors, as in torch."""
+
+        _step_supports_amp_scaling = True
+        found_inf: Tensor | None = None
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            for i, group in enumerate(self.param_groups):
+                for j, parameter in enumerate(group["params"]):
+                    if parameter.grad is not None and not self.state[parameter]:
+                        self.init_state(group, parameter, i, j)
+                        maps = {k: v.clone() for k, v in self.state[parameter].items() if "qmap" in k}
+                        self.state[parameter] |= maps  # shared by all parameters, which can't be saved
+            skip = self.found_inf is not None and bool(self.found_inf)
+            for state in self.state.values():
+                state["step"] = int(state["step"])
+            if not skip:
+                super().step()
+            for state in self.state.values():
+                state["step"] = torch.tensor(float(state["step"]))
+
+    optimizer: torch.optim.Optimizer = Skipping(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return optimizer
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter 2019, decoupled weight decay; one kernel), or Adafactor (no first
-    moment, second moments per row and column, steps relative to the weights). Both can skip a step on the
-    device.
+    """Fused AdamW (Loshchilov & Hutter 2019, decoupled weight decay; one kernel), the same with moments in 8
+    bits, or Adafactor (no first moment, second moments per row and column, steps relative to the weights).
+    All can skip a step.
     """
     groups = parameter_groups(model, config.weight_decay)
+    if config.name == "adamw8bit":
+        return adamw_8bit(groups, config)
     if config.name == "adafactor":
         return Adafactor(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

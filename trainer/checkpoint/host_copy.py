@@ -32,7 +32,8 @@ class HostCopy:
             if key not in offsets:
                 offsets[key] = (size, tensor)
                 size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        cpu = torch.device("cpu")  # also the place of some counts
+        device = next((t.device for t in tensors.values() if t.device.type != "cpu"), cpu)
         self._reserve(size, device)
         copies = {key: self._view(start, tensor) for key, (start, tensor) in offsets.items()}
         for key, (_, tensor) in offsets.items():

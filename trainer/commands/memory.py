@@ -26,7 +26,7 @@ from plainloop.trainer.state import TrainState
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
 from plainloop.trainer.tasks.find import find_task
-from plainloop.trainer.tasks.footprint import RESERVE, Footprint, footprint, made_up_data
+from plainloop.trainer.tasks.footprint import MOMENTS, RESERVE, Footprint, footprint, made_up_data
 from plainloop.trainer.tasks.model import load_model
 
 SAMPLE = 256  # training examples to tokenise for a check
@@ -50,7 +50,7 @@ class Pass:
         """Bytes a rank needs for micro-batches of this many padded tokens: weights, gradients in fp32,
         AdamW's two moments, what forward saves for backward (measured), and a reserve.
         """
-        state = self.weights + (4 if optimizer == "adafactor" else 12) * self.trained
+        state = self.weights + (4 + MOMENTS[optimizer]) * self.trained
         activations = BACKWARD * self.activations / self.tokens * tokens
         return int(state + self.casts + activations) + RESERVE
 
@@ -203,7 +203,7 @@ def layouts(config: DoctorConfig) -> Iterator[TrainConfig]:
     """The configured run first, then others that need less memory."""
     yield config
     less = replace(config, model=replace(config.model, activation_checkpointing=True))
-    can_shard = config.gpus > 1 and config.optim.name != "adafactor" and not config.model.compile
+    can_shard = config.gpus > 1 and config.optim.name == "adamw" and not config.model.compile
     if can_shard and config.parallel.mode == "ddp":
         sharded = replace(config.parallel, mode="fsdp")
         yield replace(config, parallel=sharded)

@@ -95,8 +95,10 @@ class TextConfig:
 class OptimConfig:
     """Optimizer, learning rate schedule and gradient clipping."""
 
-    name: Literal["adamw", "adafactor"] = option(
-        "adamw", "adafactor: for T5, with lr 1e-3 and schedule constant"
+    name: Literal["adamw", "adamw8bit", "adafactor"] = option(
+        "adamw",
+        "adamw8bit: moments in 8 bits, a quarter of the memory; adafactor: for T5, with lr 1e-3 and schedule"
+        " constant",
     )
     lr: float = option(3e-5, "peak learning rate", above=0)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "learning rate after the warm-up")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Collection
 from typing import Any
 
@@ -42,10 +43,14 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
     faults += _without_effect(config, unused, f"task {config.task}")
     if config.optim.name == "adafactor":
         faults += _without_effect(config, ["optim.betas", "optim.eps"], "adafactor")
+    if config.optim.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        faults.append("optim.name adamw8bit needs bitsandbytes: pip install 'plainloop[8bit]'")
     if config.parallel.mode == "ddp":
         faults += _without_effect(config, ["parallel.shard_size", "parallel.gather_dtype"], "parallel ddp")
-    elif config.optim.name == "adafactor":
-        faults.append("optim.name adafactor works on whole matrices, which parallel fsdp does not have")
+    elif config.optim.name != "adamw":
+        faults.append(
+            f"optim.name {config.optim.name} works on whole tensors, which parallel fsdp does not have"
+        )
     elif config.model.compile:
         faults.append("model.compile works only with parallel ddp; remove it")
     if config.peft.rank == 0:

@@ -31,7 +31,8 @@ from plainloop.trainer.tasks.base import Dataset, Task
 from plainloop.trainer.tasks.model import shape_model
 
 RESERVE = 1 << 30  # bytes for the CUDA context, and for what the allocator can't use
-MOMENTS = {"adamw": 8.0, "adafactor": 0.0}  # bytes per trained parameter; Adafactor's are rows and columns
+# Bytes per trained parameter. In 8 bits, 256 numbers share a scale. Adafactor's are per row and column.
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "adafactor": 0.0}
 
 
 @dataclass(frozen=True)
