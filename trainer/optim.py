@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from plainloop.trainer.config.options import OptimConfig
@@ -22,11 +24,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor (Shazeer & Stern 2018), as torch.optim.Adafactor computes it, but without host syncs.
+    """Adafactor (Shazeer & Stern 2018), as torch.optim.Adafactor computes it, but without host syncs, and on
+    the shards of FSDP too.
 
     torch's version reads the norm of every weight and of every update on the host (two host syncs per
     parameter). Here norms and step counts stay on the device, and `found_inf` = 1 skips a step there. State,
-    with torch's names: step, and row_var and col_var for matrices or variance for vectors.
+    with torch's names: step, and row_var and col_var for matrices or variance for vectors. Of a sharded
+    parameter, row_var and variance are sharded with it.
     """
 
     _step_supports_amp_scaling = True
@@ -40,20 +44,21 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group["lr"], group["weight_decay"])
+                    self._update(parameter, group["lr"], group["weight_decay"])
 
-    def _update(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+    def _update(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
         """beta2 = 1 - step ** -0.8; step size = max(1e-3, RMS(weight)) * min(lr, step ** -0.5), divided by
         max(1, RMS(update)).
         """
-        state, tiny = self.state[weight], torch.finfo(weight.dtype).eps ** 2
-        if not state:
-            state["step"] = torch.zeros((), device=weight.device)
-            if gradient.ndim > 1:
-                state["row_var"] = torch.zeros_like(gradient[..., :1])
-                state["col_var"] = torch.zeros_like(gradient[..., :1, :])
-            else:
-                state["variance"] = torch.zeros_like(gradient)
+        if not self.state[parameter]:
+            self.state[parameter] = _new_state(parameter)
+        state = {name: _local(tensor) for name, tensor in self.state[parameter].items()}
+        weight, gradient = _local(parameter), _local(cast(Tensor, parameter.grad))
+        total, tiny = _sum_over_shards(parameter), torch.finfo(weight.dtype).eps ** 2
+
+        def rms(tensor: Tensor) -> Tensor:
+            return total(tensor.norm().square()).div(parameter.numel()).sqrt()
+
         active = torch.ones((), device=weight.device)
         if self.found_inf is not None:
             active = 1 - self.found_inf
@@ -61,20 +66,50 @@ class Adafactor(torch.optim.Optimizer):
         state["step"] += active
         step = state["step"].clamp(min=1.0)
         forget = active * step**-0.8
-        size = active * (weight.norm() / weight.numel() ** 0.5).clamp(min=1e-3) * (step**-0.5).clamp(max=lr)
+        size = active * rms(weight).clamp(min=1e-3) * (step**-0.5).clamp(max=lr)
         if weight_decay:
             weight.mul_(1 - active * (lr * weight_decay))
         if gradient.ndim > 1:
-            for name, dim in (("row_var", -1), ("col_var", -2)):
-                mean = gradient.norm(dim=dim, keepdim=True).square_().div_(gradient.shape[dim])
-                state[name].lerp_(mean, forget)
-            rows = state["row_var"]
-            variance = (rows * state["col_var"]).div_(rows.mean(dim=-2, keepdim=True).clamp_(min=tiny**0.5))
+            # Rows are whole on each rank. Columns are whole only if there are more dimensions.
+            across = total if gradient.ndim == 2 else lambda tensor: tensor
+            height, width = parameter.shape[-2:]
+            rows, columns = state["row_var"], state["col_var"]
+            rows.lerp_(gradient.norm(dim=-1, keepdim=True).square_().div_(width), forget)
+            columns.lerp_(across(gradient.norm(dim=-2, keepdim=True).square_()).div_(height), forget)
+            mean = across(rows.sum(dim=-2, keepdim=True)).div_(height)
+            variance = (rows * columns).div_(mean.clamp_(min=tiny**0.5))
         else:
             variance = state["variance"].lerp_(gradient.square(), forget).clone()
         update = variance.clamp_(min=tiny).rsqrt_().mul_(gradient)
-        size = size / (update.norm() / update.numel() ** 0.5).clamp(min=1.0)
-        weight.sub_(update.mul_(size))
+        weight.sub_(update.mul_(size / rms(update).clamp(min=1.0)))
+
+
+def _new_state(parameter: Tensor) -> dict[str, Tensor]:
+    gradient = cast(Tensor, parameter.grad)
+    state = {"step": torch.zeros((), device=parameter.device)}
+    if parameter.ndim == 1:
+        return state | {"variance": torch.zeros_like(gradient)}
+    held = _local(gradient)
+    columns = held.new_zeros((*held.shape[:-2], 1, held.shape[-1]))
+    return state | {"row_var": torch.zeros_like(gradient[..., :1]), "col_var": columns}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
+
+
+def _sum_over_shards(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that sums a tensor, in place, over the ranks that share a parameter."""
+    if not hasattr(parameter, "device_mesh"):
+        return lambda tensor: tensor
+    mesh = parameter.device_mesh
+    group = mesh.get_group(mesh.ndim - 1)
+
+    def total(tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    return total
 
 
 def adamw_8bit(groups: list[dict[str, object]], config: OptimConfig) -> torch.optim.Optimizer:

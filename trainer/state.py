@@ -84,6 +84,15 @@ class TrainState:
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
 
+    def split_optimizer_tensors(self) -> set[str]:
+        """The names of those optimizer_tensors of which this rank holds some rows; the others are whole."""
+        return {
+            f"{name}/{key}"
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if hasattr(value, "device_mesh")
+        }
+
     def load_optimizer_tensors(self, tensors: Tensors) -> None:
         """Inverse of optimizer_tensors, from files that have the whole state. Raises ValueError for a tensor
         that belongs to no parameter.
@@ -95,7 +104,8 @@ class TrainState:
             if name not in parameters:
                 raise ValueError(f"{path}: the model has no such parameter")
             parameter, shape = parameters[name], tensors.shape(path)
-            if shape != parameter.shape:  # a count, or moments per row or column
+            # Moments are split as the parameter is, also those per row. Those per column are not.
+            if key == "col_var" or shape[:1] != parameter.shape[:1]:
                 states.setdefault(name, {})[key] = tensors.whole(path).to(parameter.device)
                 continue
             start = first_row(parameter)

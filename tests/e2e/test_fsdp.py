@@ -96,6 +96,31 @@ def test_another_layout_reads_the_checkpoint(options: Any, launch: Any, metrics:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["span", "text"])
+def test_adafactor_on_shards(
+    task: str, request: Any, launch: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+) -> None:
+    """The curve of one process; the same bits on the same ranks; read by other layouts."""
+    options = request.getfixturevalue("options" if task == "span" else "text_options")
+    options |= {"optim.name": "adafactor", "optim.lr": 1e-2, "max_steps": 12, "model.dropout": 0}
+    options |= STILL if task == "span" else {}
+    launch(0, "train", options | {"run_dir": tmp_path / "whole"})
+    launch(3, "train", options | FSDP | {"run_dir": tmp_path / "three"})
+    launch(3, "train", options | FSDP | {"stop_at_step": 3}, expect=1)
+    launch(3, "train", options | FSDP | {"stop_at_step": 6}, expect=1)
+    same = tmp_path / "same"
+    shutil.copytree(options["run_dir"], same)
+    launch(3, "train", options | FSDP | {"run_dir": same})
+    assert_same_bits(tensors(same, 12), tensors(tmp_path / "three", 12))
+    launch(0, "train", options | {"stop_at_step": 9}, expect=75)
+    launch(4, "train", options | FSDP | {"parallel.shard_size": 2})
+    for run in (tmp_path / "three", options["run_dir"]):
+        found = difference(curve(metrics, run), curve(metrics, tmp_path / "whole"))
+        print(f"adafactor, {task}, {run}: 12 losses within {found:.1e}")
+        assert found < 1e-5
+
+
+@pytest.mark.slow
 def test_damaged_shards_and_plain_weights(
     options: Any, launch: Any, metrics: Any, tensors: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -174,7 +199,7 @@ def test_the_optimizer_of_the_best_can_be_dropped(options: Any, launch: Any) -> 
         ({"parallel": "fsdp"}, "parallel fsdp: needs several processes; start with torchrun"),
         ({"parallel.shard_size": 2}, "parallel.shard_size has no effect with parallel ddp"),
         ({**FSDP, "parallel.shard_size": 1}, "parallel.shard_size is 1, but must be at least 2"),
-        ({**FSDP, "optim.name": "adafactor"}, "adafactor works on whole matrices"),
+        ({**FSDP, "optim.name": "adamw8bit"}, "adamw8bit works on whole tensors"),
         ({**FSDP, "model.compile": "true"}, "model.compile works only with parallel ddp"),
         ({"parallel": "zero"}, "parallel.mode"),
     ],

@@ -41,8 +41,9 @@ def shard_tensors(state: TrainState, *, first: bool) -> Tensors:
     parameters = [(n, p) for n, p in state.model.named_parameters() if n in kept]
     held: Tensors = {f"weights/{name}": local(p.detach()) for name, p in parameters}
     whole = {f"weights/{name}": buffer for name, buffer in state.model.named_buffers() if name in kept}
+    split = state.split_optimizer_tensors()
     for name, tensor in state.optimizer_tensors().items():
-        (held if tensor.ndim else whole)[f"optimizer/{name}"] = tensor
+        (held if name in split else whole)[f"optimizer/{name}"] = tensor
     return held | whole if first else held
 
 

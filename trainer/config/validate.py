@@ -47,10 +47,8 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
         faults.append("optim.name adamw8bit needs bitsandbytes: pip install 'plainloop[8bit]'")
     if config.parallel.mode == "ddp":
         faults += _without_effect(config, ["parallel.shard_size", "parallel.gather_dtype"], "parallel ddp")
-    elif config.optim.name != "adamw":
-        faults.append(
-            f"optim.name {config.optim.name} works on whole tensors, which parallel fsdp does not have"
-        )
+    elif config.optim.name == "adamw8bit":
+        faults.append("optim.name adamw8bit works on whole tensors, which parallel fsdp does not have")
     elif config.model.compile:
         faults.append("model.compile works only with parallel ddp; remove it")
     if config.peft.rank == 0:

@@ -157,10 +157,11 @@ def first_row(tensor: Tensor) -> int:
 
 
 def like(parameter: Tensor, rows: Tensor) -> Tensor:
-    """Make a tensor that is spread as `parameter` of this rank's rows of it."""
+    """Make a tensor with as many rows as `parameter`, and spread as it is, of this rank's rows of it."""
     if not hasattr(parameter, "device_mesh"):
         return rows
     from torch.distributed.tensor import DTensor
 
-    mesh, places, stride = parameter.device_mesh, parameter.placements, parameter.stride()  # type: ignore[attr-defined]
-    return DTensor.from_local(rows, mesh, places, run_check=False, shape=parameter.shape, stride=stride)
+    mesh, places = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    whole = torch.empty(parameter.shape[:1] + rows.shape[1:], device="meta")
+    return DTensor.from_local(rows, mesh, places, run_check=False, shape=whole.shape, stride=whole.stride())
