@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ def add_adapters(
     None: 2 x rank. method: "lora", "dora" or "rslora". Raises InputError.
     """
     peft = import_peft()
-    missing = [name for name in targets if not _modules(network, name)]
-    if missing:
-        raise InputError(
-            f"peft.targets: the model has no linear layer named {', '.join(missing)};"
-            f" it has {', '.join(_linear_names(network))}."
-        )
+    possible = _possible_targets(network, tuple(head))
+    named = ", ".join(sorted({name.rpartition(".")[2] for name in possible}))
+    for target in targets:
+        found = [n for n, m in network.named_modules() if f".{n}".endswith(f".{target}") and _is_layer(m)]
+        if not found or not possible.issuperset(found):
+            what = "is the head or shares its weight" if found else "is no linear layer of the model"
+            raise InputError(f"peft.targets: {target} {what}; choose from {named}.")
     config = peft.LoraConfig(
         r=rank, target_modules=targets or None, lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout, use_dora=method == "dora", use_rslora=method == "rslora",
@@ -50,7 +52,6 @@ def add_adapters(
         peft.inject_adapter_in_model(config, network)
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
-        named = ", ".join(_linear_names(network))
         raise InputError(f"peft: {reason}; name layers with --peft.targets, of {named}.") from None
     torch.manual_seed(seed)  # the same adapters however the network was loaded
     for layer in adapter_layers(network):
@@ -73,17 +74,23 @@ def import_peft() -> Any:
     return peft
 
 
-def _modules(network: Any, name: str) -> list[str]:
-    """The linear layers whose name is, or ends in, this one."""
-    return [
-        found for found, module in network.named_modules()
-        if isinstance(module, nn.Linear) and f".{found}".endswith(f".{name}")
-    ]  # fmt: skip
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: GPT-2's are a class of their own."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _linear_names(network: Any) -> list[str]:
-    names = {n.rpartition(".")[2] for n, module in network.named_modules() if isinstance(module, nn.Linear)}
-    return sorted(names)
+def _possible_targets(network: Any, head: tuple[str, ...]) -> set[str]:
+    """The names of the linear layers, without the head, which is trained in full, and without those that
+    share their weight, as an output embedding may: merging would change the other layer too.
+    """
+    owners = Counter(id(p) for m in network.modules() for p in m.parameters(recurse=False))
+    output, found = network.get_output_embeddings(), set()
+    for name, module in network.named_modules():
+        start = f"{name}."
+        in_head = any(start.startswith(part) or part.startswith(start) for part in head)
+        if _is_layer(module) and module is not output and not in_head and owners[id(module.weight)] == 1:
+            found.add(name)
+    return found
 
 
 def has_adapters(model: Any) -> bool:
@@ -130,9 +137,15 @@ def read_adapters(network: Any, weights: Weights, *, first_row: Callable[[Tensor
 
 @torch.no_grad()
 def measure_magnitudes(network: Any, *, local: Any) -> None:
-    """DoRA: set the magnitudes to the norms of the rows of the base weights, which were read only now."""
+    """DoRA: set the magnitudes to the norms of the rows of the base weights, which were read or rounded only
+    now. Raises InputError.
+    """
     for layer in adapter_layers(network):
         for dora in layer.lora_magnitude_vector.values():
+            if layer.fan_in_fan_out:
+                raise InputError(
+                    "peft.method dora: not with this model, whose weights are transposed; use lora."
+                )
             weight = local(layer.get_base_layer().weight)
             local(dora.weight).copy_(torch.linalg.norm(weight.float(), dim=1))
 

@@ -116,7 +116,8 @@ def adamw_8bit(groups: list[dict[str, object]], config: OptimConfig) -> torch.op
     """AdamW with both moments in 8 bits, in blocks of 256 with a scale each (Dettmers et al. 2022), by
     bitsandbytes. Tensors of fewer than 4,096 numbers keep fp32 moments.
 
-    Unlike the others it waits for the device once per step, to know whether to skip it.
+    Unlike the others it waits for the device: once per step, to know whether to skip it, and bitsandbytes
+    itself after each tensor.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # notes about kernels that are not used here
     from bitsandbytes.optim import AdamW8bit

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from plainloop.data.loader import Steps, step_batches
-from plainloop.models.adapters import has_adapters
 from plainloop.models.compiled import compiled
 from plainloop.models.load import overflows_in_fp16
 from plainloop.trainer.checkpoint import resume
@@ -197,7 +196,7 @@ def new_state(
     )
     optimizer, scaler = make_optimizer(model, config.optim), make_scaler(config.precision, world.device)
     return TrainState(
-        model, parallel, optimizer, scaler, world.device, heartbeat or Heartbeat(), has_adapters(model)
+        model, parallel, optimizer, scaler, world.device, heartbeat or Heartbeat(), config.peft.rank > 0
     )
 
 

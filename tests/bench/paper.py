@@ -82,7 +82,7 @@ def main() -> None:
             for layout, gpus, shards in rows():
                 key = layout.split(",")[0]
                 size = found[key]
-                outside = size.outside / 4
+                outside = sum(size.outside)
                 network = Network(size.parameters, size.trained, outside, gather_bytes=2)
                 memory = size.memory(tokens, shards=shards, gather_dtype="bf16")
                 sent = ddp_bytes(network, gpus)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from plainloop.models import adapters
 from plainloop.trainer.cli import main
+from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import sha256
 from plainloop.trainer.trained.predictor import Predictor
 
@@ -149,9 +150,36 @@ def test_another_base_is_refused(options: Any, tmp_path: Path, capfd: Any) -> No
     assert run(options | {"model.path": str(other)}, **allow) == 2
     assert expected in capfd.readouterr().err
     assert main([*evaluate, "--base", str(tmp_path / "nowhere")]) == 2
-    assert (
-        "the base model of these adapters is not there; say where it is with --base" in capfd.readouterr().err
-    )
+    assert "the base model of these adapters is not there; fetch it" in capfd.readouterr().err
+
+
+def test_layers_that_share_their_weight_are_refused(tiny_t5: Path) -> None:
+    """T5's output is its embedding: a merged adapter would change both."""
+    from plainloop.models.seq2seq import load_seq2seq_model
+
+    network = load_seq2seq_model(str(tiny_t5)).network
+    options: dict[str, Any] = {"rank": 4, "alpha": None, "dropout": 0.0, "method": "lora", "seed": 1}
+    with pytest.raises(
+        InputError, match="lm_head is the head or shares its weight; choose from k, o, q, v, w"
+    ):
+        adapters.add_adapters(network, (), targets=["q", "lm_head"], **options)
+
+
+def test_a_run_goes_on_as_it_began(options: Any, capfd: Any) -> None:
+    """With or without adapters. And a merged export keeps the calibration."""
+    assert run(options, stop_at_step=2, max_steps=6) == 75
+    capfd.readouterr()
+    assert run(options | SPAN, **{"checkpoint.allow_changes": "[peft]"}) == 2
+    assert "a run with adapters can't go on without them, nor the other way round" in capfd.readouterr().err
+
+
+def test_merged_export_keeps_the_calibration(options: Any, tmp_path: Path, capfd: Any) -> None:
+    assert run(options | SPAN) == 0
+    assert main(["calibrate", "--model", options["run_dir"], "--data", options["data.train"]]) == 0
+    assert main(["export", options["run_dir"], "--out", str(tmp_path / "out"), "--merge", "true"]) == 0
+    question = ["--question", "Who built it?", "--context", "Ada built it."]
+    line = ["predict", "--model", str(tmp_path / "out"), *question, "--null_threshold", "calibrated"]
+    assert main(line) == 0, capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,7 +187,11 @@ def test_another_base_is_refused(options: Any, tmp_path: Path, capfd: Any) -> No
     [
         (
             {"peft.targets": "[query, qq]"},
-            "no linear layer named qq; it has dense, key, qa_outputs, query, v",
+            "peft.targets: qq is no linear layer of the model; choose from dense, key, query, value.",
+        ),
+        (
+            {"peft.targets": "[qa_outputs]"},
+            "qa_outputs is the head or shares its weight; choose from d",
         ),
         ({"peft.rank": 0}, "peft.targets has no effect with peft.rank 0; leave it out"),
         ({"peft.base_dtype": "bf16"}, "peft.base_dtype bf16 needs precision bf16"),
@@ -174,7 +206,7 @@ def test_bad_options(changes: Any, message: str, options: Any, capsys: Any) -> N
 def test_peft_is_not_installed(options: Any, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     assert run(options | SPAN) == 2
-    assert "peft: the package is not installed; pip install 'plainloop[peft]'" in capsys.readouterr().err
+    assert "peft.rank needs the package peft: pip install 'plainloop[peft]'" in capsys.readouterr().err
 
 
 def test_damaged_adapters_are_noticed(options: Any, capfd: Any) -> None:

@@ -94,6 +94,15 @@ def test_estimate_with_the_users_data(options: Any, capsys: Any) -> None:
     assert "gpu_gb is -1" in capsys.readouterr().err
 
 
+def test_a_loss_that_looks_at_values_is_an_error(options: Any, capsys: Any, monkeypatch: Any) -> None:
+    from plainloop.trainer.tasks.span import SpanTask
+
+    monkeypatch.setattr(SpanTask, "loss_sum", lambda self, logits, labels: logits.sum() * logits.sum().item())
+    given = [w for n, v in options.items() for w in (f"--{n}", str(v))]
+    assert main(["doctor", *given, "--gpu_gb", "10"]) == 2
+    assert "can't be estimated: " in capsys.readouterr().err
+
+
 def test_shards_are_those_of_the_options() -> None:
     from plainloop.trainer.commands.memory import layout_shards
 

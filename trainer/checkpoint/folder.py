@@ -253,9 +253,11 @@ def holds_optimizer(name: str) -> bool:
     return name == OPTIMIZER or SHARD.fullmatch(name) is not None
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """Estimated size in bytes: fp32 weights, AdamW's two moments, and room for the small files."""
-    return 3 * 4 * parameters + (4 << 20)
+def checkpoint_bytes(parameters: int, moments: float = 8.0) -> int:
+    """Estimated size in bytes: fp32 weights, moments (bytes per parameter; AdamW: two in fp32), and room for
+    the small files.
+    """
+    return int((4 + moments) * parameters) + (4 << 20)
 
 
 def require_space(folder: Path, needed: int) -> None:

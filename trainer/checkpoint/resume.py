@@ -123,8 +123,13 @@ def _accept(found: Checkpoint, config: TrainConfig, metadata: dict[str, Any], sa
             f"{config.run_dir} was trained with different options: {'; '.join(changes)}."
             " Choose another run_dir, or list the options in --checkpoint.allow_changes."
         )
-    if recorded := found.state.get("base"):
-        require_base(recorded, config.model.path)
+    if bool(config.peft.rank) != ("base" in found.state):
+        raise InputError(
+            f"{found.path}: a run with adapters can't go on without them, nor the other way round; choose"
+            " another run_dir."
+        )
+    if config.peft.rank:
+        require_base(found.state["base"], config.model.path)
     if not _changes(found, config, metadata):
         require_order(found, sampler)
 

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from plainloop.data.samplers import total_lengths
 from plainloop.data.types import MicroBatch
 from plainloop.trainer.checkpoint.folder import checkpoint_bytes
 from plainloop.trainer.config.command_options import DoctorConfig
@@ -169,7 +170,8 @@ def estimate(config: DoctorConfig, scratch: Path) -> int:
     given = replace(config, data=replace(config.data, train="made up" if made_up else config.data.train))
     validate(given, uses=task.uses, metric_names=task.metric_names)
     data = made_up_data(task, config, scratch) if made_up else _sample(task, config, scratch)
-    wanted, known, code = config.max_tokens("cuda"), dict[str, Footprint](), 0
+    longest = config.batch_size * int(total_lengths(data.store.row_lengths).max())
+    wanted, known, code = min(config.max_tokens("cuda"), longest), dict[str, Footprint](), 0
     for number, layout in enumerate(layouts(config)):
         key = repr((layout.peft, layout.model))
         try:
@@ -224,7 +226,10 @@ def layout_shards(config: TrainConfig, gpus: int) -> int:
         return 1
     if gpus == 1:
         raise InputError("parallel fsdp: needs several GPUs; say how many with --gpus.")
-    return config.parallel.shard_size or gpus
+    shards = config.parallel.shard_size or gpus
+    if gpus % shards:
+        raise InputError(f"parallel.shard_size {shards}: must divide the number of GPUs, {gpus}.")
+    return shards
 
 
 def described(config: TrainConfig) -> str:
@@ -240,7 +245,8 @@ def described(config: TrainConfig) -> str:
 
 def checkpoint_size(found: Footprint, config: TrainConfig) -> int:
     """Bytes of a checkpoint with its optimizer state."""
-    return checkpoint_bytes(found.trained if config.peft.rank else found.parameters)
+    kept = found.trained if config.peft.rank else found.parameters
+    return checkpoint_bytes(kept, MOMENTS[config.optim.name])
 
 
 def _sample(task: Task, config: TrainConfig, scratch: Path) -> Dataset:

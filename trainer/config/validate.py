@@ -53,6 +53,8 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
         faults.append("model.compile works only with parallel ddp; remove it")
     if config.peft.rank == 0:
         faults += _without_effect(config, ["peft"], "peft.rank 0")
+    elif importlib.util.find_spec("peft") is None:
+        faults.append("peft.rank needs the package peft: pip install 'plainloop[peft]'")
     elif config.peft.base_dtype == "bf16" and config.precision not in ("auto", "bf16"):
         faults.append("peft.base_dtype bf16 needs precision bf16")
     if config.evaluation.metric == "squad":

@@ -91,5 +91,5 @@ def step_seconds(
     else:
         shards = shards or cluster.gpus
         inside, across = fsdp_bytes(network, cluster.gpus, shards=shards, micro_batches=micro_batches)
-        sending = inside / cluster.speed(shards) + across / cluster.between
+        sending = inside / cluster.speed(shards) + across / cluster.speed(cluster.gpus)
     return max(computing, sending)

@@ -112,8 +112,9 @@ def _fill(
     (folder / OPTIONS_FILE).write_text(json.dumps(options, indent=1), encoding="utf-8")
     if config.onnx:
         _onnx(folder, source, config.base)
-        if (folder / calibration_file.NAME).is_file():
-            calibration_file.move(folder / calibration_file.NAME, weights_of(source), weights_of(folder))
+    before, after = weights_of(source), weights_of(folder)
+    if (folder / calibration_file.NAME).is_file() and before != after:
+        calibration_file.move(folder / calibration_file.NAME, before, after)
     write_manifest(
         folder, {"kind": "export", "weights": weights_of(source)}, without=(CARD, calibration_file.NAME)
     )

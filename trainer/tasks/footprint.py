@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.distributed.parallel import blocks
 from plainloop.trainer.distributed.world import World
+from plainloop.trainer.errors import InputError
 from plainloop.trainer.precision import autocast
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
@@ -37,17 +39,17 @@ MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "adafactor": 0.0}
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one rank that holds the whole model: weights, and those of the largest block and outside the
-    blocks; gradients and moments. passing: what forward and backward allocate besides, at their peak, with
-    micro-batches of `tokens` padded tokens, and how much more for each further token. casts: the part of it
-    that is weights rounded by autocast.
+    """Bytes of one rank that holds the whole model: weights and moments. block, outside: parameters of the
+    largest block and of what is outside the blocks, in fp32 and in bf16. passing: what forward and backward
+    allocate besides, at their peak, with micro-batches of `tokens` padded tokens; per_token: how much more
+    for each further token. casts: the part of it that is weights rounded by autocast.
     """
 
     parameters: int
     trained: int
     weights: int
-    block: int
-    outside: int
+    block: tuple[int, int]
+    outside: tuple[int, int]
     moments: int
     tokens: int
     passing: int
@@ -62,10 +64,10 @@ class Footprint:
             return int(share + passing) + RESERVE
         # Gathered weights: those outside the blocks during the whole pass, and two blocks, of which one is
         # being gathered. In backward also their gradients in fp32, whole and being reduced.
-        scale = 0.5 if gather_dtype == "bf16" else 1.0
         casts = 0 if gather_dtype == "bf16" else self.casts
-        gathered = scale * (self.outside + 2 * self.block)
-        gradients = (self.outside + 2 * self.block) * self.trained / self.parameters
+        whole, half = (self.outside[i] + 2 * self.block[i] for i in (0, 1))
+        gathered = (2 if gather_dtype == "bf16" else 4) * whole + 2 * half
+        gradients = 4 * (whole + half) * self.trained / self.parameters
         return int(share / shards + gathered + gradients + passing - self.casts + casts) + RESERVE
 
     def fitting(self, memory: float, **layout: Any) -> int:
@@ -77,24 +79,35 @@ class Footprint:
 def footprint(task: Task, data: Dataset, config: TrainConfig, max_tokens: int) -> Footprint:
     """Of the largest micro-batch of this data with max_tokens padded tokens. Raises InputError."""
     model = shape_model(task, config).train()
-    found = [(p, p.numel() * p.element_size()) for p in model.parameters()]
-    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks(model)]
-    trained = sum(p.numel() for p, _ in found if p.requires_grad)
-    weights = sum(size for _, size in found)
-    batches = [_largest(task, data, config, factor * max_tokens) for factor in (1, 2)]
+    whole, sizes = _counts(model), [_counts(block) for block in blocks(model)]
+    outside = whole[0] - sum(size[0] for size in sizes), whole[1] - sum(size[1] for size in sizes)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    batches = [largest(task, data, config, factor * max_tokens) for factor in (1, 2)]
     with FakeTensorMode(allow_non_fake_inputs=True), attention_of_gpus():
         _materialise(model)
-        (tokens, passing, casts), (more, with_more, _) = (
-            _pass(task, model, batch, config) for batch in batches
-        )
+        try:
+            (tokens, passing, casts), (more, with_more, _) = (
+                _pass(task, model, batch, config) for batch in batches
+            )
+        except RuntimeError as error:  # the network or the loss looks at a value, which is not there
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise InputError(f"model.path {config.model.path}: can't be estimated: {reason}.") from None
     per_token = (with_more - passing) / (more - tokens) if more > tokens else passing / tokens
     return Footprint(
-        sum(p.numel() for p, _ in found), trained, weights, max(sizes, default=0), weights - sum(sizes),
+        sum(whole), trained, 4 * whole[0] + 2 * whole[1], max(sizes, key=sum, default=(0, 0)), outside,
         int(MOMENTS[config.optim.name] * trained), tokens, passing, per_token, casts,
     )  # fmt: skip
 
 
-def _largest(task: Task, data: Dataset, config: TrainConfig, max_tokens: int) -> Any:
+def _counts(module: nn.Module) -> tuple[int, int]:
+    """Parameters in fp32 and in bf16."""
+    found = Counter[int]()
+    for parameter in module.parameters():
+        found[parameter.element_size()] += parameter.numel()
+    return found[4], found[2]
+
+
+def largest(task: Task, data: Dataset, config: TrainConfig, max_tokens: int) -> Any:
     """The micro-batch with the most tokens. Its rows may repeat those of the data."""
     world = World(0, 1, 0, torch.device("cpu"))
     steps = tasks.make_steps(task, data, config, world, max_tokens=max_tokens)
@@ -215,7 +228,10 @@ def _materialise(model: nn.Module) -> None:
 
 
 def made_up_data(task: Task, config: TrainConfig, folder: Path) -> Dataset:
-    """Rows as long as the options allow, for an estimate without data."""
+    """Rows as long as the options allow, for an estimate without data. Raises InputError."""
+    if ":" in config.task:
+        raise InputError("a task of your own: give --data.train for an estimate.")
+    config = replace(config, text=replace(config.text, target_column="answer"))
     length = config.data.max_length if config.task == "span" else config.text.max_source_length
     word = task.tokenizer.decode([len(task.tokenizer) // 2]).strip() or "word"
     context = " ".join([word] * (2 * length))

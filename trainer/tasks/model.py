@@ -17,7 +17,13 @@ from plainloop.trainer.config.options import TrainConfig
 from plainloop.trainer.distributed.parallel import first_row, local, shard
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import InputError
-from plainloop.trainer.run_folder.tensors import Tensors, open_pretrained, open_shards, open_tensors
+from plainloop.trainer.run_folder.tensors import (
+    Tensors,
+    open_pretrained,
+    open_shards,
+    open_tensors,
+    pretrained_folder,
+)
 from plainloop.trainer.tasks.base import Task
 
 
@@ -28,7 +34,7 @@ def load_model(
     sharded: each rank loads only its share, as config.parallel says. A folder with adapters is read together
     with its base model, config.model.path. Raises InputError.
     """
-    trained = open_adapters(Path(path))
+    trained = open_adapters(pretrained_folder(path))
     base = path if trained is None else config.model.path
     if trained is not None and base == path:
         raise InputError(
@@ -60,8 +66,8 @@ def load_model(
         shard(model, world, shard_size=size, gather_dtype=dtype)
     if weights is not None:
         read_weights(model.network, weights, world.device, first_row=first_row, local=local)
-        if config.peft.method == "dora" and config.peft.rank:
-            adapters.measure_magnitudes(model.network, local=local)
+    if config.peft.rank and config.peft.method == "dora" and trained is None:
+        adapters.measure_magnitudes(model.network, local=local)
     if trained is not None:
         try:
             adapters.read_adapters(model.network, trained, first_row=first_row, local=local)
@@ -84,7 +90,9 @@ def shape_model(task: Task, config: TrainConfig) -> Any:
 
 def _add_adapters(model: Any, config: TrainConfig) -> None:
     options = config.peft
-    head = getattr(model, "head", None) or model.network.new_parameters
+    head = getattr(model, "head", None)  # of a SpanModel; a task of your own may mean something else by it
+    if not isinstance(head, tuple):
+        head = tuple(model.network.new_parameters)
     adapters.add_adapters(
         model.network, head, rank=options.rank, targets=options.targets, alpha=options.alpha,
         dropout=options.dropout, method=options.method, seed=config.seed,
