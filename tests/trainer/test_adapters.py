@@ -166,11 +166,14 @@ def test_layers_that_share_their_weight_are_refused(tiny_t5: Path) -> None:
 
 
 def test_a_run_goes_on_as_it_began(options: Any, capfd: Any) -> None:
-    """With or without adapters. And a merged export keeps the calibration."""
+    """With or without adapters, and with the same optimizer."""
     assert run(options, stop_at_step=2, max_steps=6) == 75
     capfd.readouterr()
     assert run(options | SPAN, **{"checkpoint.allow_changes": "[peft]"}) == 2
     assert "a run with adapters can't go on without them, nor the other way round" in capfd.readouterr().err
+    allowed = {"checkpoint.allow_changes": "[optim.name]", "optim.name": "adafactor", "max_steps": 6}
+    assert run(options, **allowed) == 2
+    assert "has the state of adamw, with which adafactor can't go on" in capfd.readouterr().err
 
 
 def test_merged_export_keeps_the_calibration(options: Any, tmp_path: Path, capfd: Any) -> None:

@@ -123,6 +123,11 @@ def _accept(found: Checkpoint, config: TrainConfig, metadata: dict[str, Any], sa
             f"{config.run_dir} was trained with different options: {'; '.join(changes)}."
             " Choose another run_dir, or list the options in --checkpoint.allow_changes."
         )
+    if (before := flatten(found.state["config"]).get("optim.name", "adamw")) != config.optim.name:
+        raise InputError(
+            f"{found.path}: has the state of {before}, with which {config.optim.name} can't go on; choose"
+            " another run_dir."
+        )
     if bool(config.peft.rank) != ("base" in found.state):
         raise InputError(
             f"{found.path}: a run with adapters can't go on without them, nor the other way round; choose"
