@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from plainloop.data.loader import Steps, step_batches
-from plainloop.models.compiled import compiled
+from plainloop.models.compiled import compile_training
 from plainloop.models.load import overflows_in_fp16
 from plainloop.trainer.checkpoint import resume
 from plainloop.trainer.checkpoint.folder import checkpoint_bytes, restore
@@ -191,9 +191,8 @@ def new_state(
     *, num_shapes: int = 0,
 ) -> TrainState:  # fmt: skip
     """Compile the model if asked for, spread it over the ranks, and make its optimizer and loss scaler."""
-    parallel = parallelise(
-        model, world, partial(compiled, num_shapes=num_shapes) if config.model.compile else None
-    )
+    compile_module = partial(compile_training, num_shapes=num_shapes) if config.model.compile else None
+    parallel = parallelise(model, world, compile_module)
     optimizer, scaler = make_optimizer(model, config.optim), make_scaler(config.precision, world.device)
     return TrainState(
         model, parallel, optimizer, scaler, world.device, heartbeat or Heartbeat(), config.peft.rank > 0

@@ -197,7 +197,6 @@ def test_the_optimizer_of_the_best_can_be_dropped(options: Any, launch: Any) -> 
         ({"parallel.shard_size": 2}, "parallel.shard_size has no effect with parallel ddp"),
         ({**FSDP, "parallel.shard_size": 1}, "parallel.shard_size is 1, but must be at least 2"),
         ({**FSDP, "optim.name": "adamw8bit"}, "adamw8bit works on whole tensors"),
-        ({**FSDP, "model.compile": "true"}, "model.compile works only with parallel ddp"),
         ({"parallel": "zero"}, "parallel.mode"),
     ],
 )

@@ -111,9 +111,11 @@ def test_retention_by_step_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     os.utime(tmp_path / "step-00000001", (2**31, 2**31))  # a wrong clock must not matter
-    (tmp_path / ".tmp-step-00000009-1").mkdir()
+    saving = tmp_path / ".tmp-step-00000009-1"
+    saving.mkdir()
+    (tmp_path / ".tmp-delete-step-00000000").mkdir()  # a kill during deletion
     retain(tmp_path, keep_last=1, best_step=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [saving.name, "step-00000002", "step-00000004"]
 
 
 def test_the_best_without_its_optimizer_is_good_but_not_resumed_from(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """torch.compile: same loss curve as eager, one graph per width, compiled code cached for the next start."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from plainloop.models.compiled import compiled
+from plainloop.models.compiled import compile_training
 from plainloop.trainer.distributed.device import keep_compiled_code
 
 STILL = {"model.dropout": 0.0, "max_steps": 4}
@@ -33,10 +34,12 @@ def test_texts(text_options: dict[str, Any], train: Any, metrics: Any, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_ranks_with_activation_checkpointing_resume_bitwise_identical(
-    options: dict[str, Any], launch: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
+    mode: str, options: dict[str, Any], launch: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path
 ) -> None:
     options |= {"model.compile": "true", "data.num_widths": 2, "model.activation_checkpointing": "true"}
+    options |= {"parallel.mode": mode}
     cache = str(tmp_path / "compiled")
     for folder, stops in (("whole", [4]), ("halves", [2, 4])):
         for stop in stops:
@@ -45,24 +48,48 @@ def test_two_ranks_with_activation_checkpointing_resume_bitwise_identical(
     assert_same_bits(tensors(tmp_path / "whole", 4), tensors(tmp_path / "halves", 4))
 
 
-def test_one_graph_per_width_for_any_number_of_rows() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "num_widths"), [("span", 2), ("text", 0)])
+def test_sharded_and_compiled_the_curve_and_the_scores_are_those_of_one_process(
+    task: str, num_widths: int, request: Any, launch: Any, metrics: Any, tmp_path: Path
+) -> None:
+    options = request.getfixturevalue("options" if task == "span" else "text_options") | STILL
+    dev = str(request.getfixturevalue("text_files")[1]) if task == "text" else options["data.train"]
+    options |= {"data.dev": dev, "data.num_widths": num_widths, "evaluation.every_steps": 4}
+    options |= {"model.attention_dropout": 0.0} if task == "span" else {}
+    launch(0, "train", options)
+    more = {"run_dir": tmp_path / "sharded", "model.compile": "true", "parallel.mode": "fsdp"}
+    launch(2, "train", options | more)
+    runs = (options["run_dir"], tmp_path / "sharded")
+    losses = [[r["loss"] for r in metrics(run, "train")] for run in runs]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    scores = [json.loads((Path(run) / "evaluation" / "metrics.json").read_text()) for run in runs]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_one_graph_per_width_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[Any] = []
+    torch_compile = torch.compile
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
         return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: torch_compile(*args, **more, backend=backend))
 
     class Twice(torch.nn.Module):
         def forward(self, *, x: torch.Tensor) -> torch.Tensor:
             return x * 2 + x.shape[1]
 
     torch._dynamo.reset()
-    by_width = compiled(Twice(), num_shapes=12)
-    by_width.compiled = torch.compile(Twice(), backend=backend)  # type: ignore[assignment]
+    module = Twice()
+    compile_training(module, num_shapes=12)
     for width in range(8, 8 + 12):  # more than torch's default recompile limit
         for rows in (2, 3, 7):
             x = torch.ones(rows, width)
-            assert torch.equal(by_width(x=x), x * 2 + width)
+            assert torch.equal(module(x=x), x * 2 + width)
+    assert len(graphs) == 12
+    assert torch.equal(module.eval()(x=torch.ones(2, 99)), torch.full((2, 99), 101.0))
     assert len(graphs) == 12
 
 

@@ -10,6 +10,8 @@ from plainloop.trainer.checkpoint.folder import PREFIX, holds_optimizer
 from plainloop.trainer.run_folder.files import MANIFEST, sweep, sync, write_atomically
 from plainloop.trainer.run_folder.tensors import has_plain_weights
 
+DOOMED = ".tmp-delete-"
+
 
 def drop_optimizer(path: Path) -> None:
     """Rank 0 only. Delete the optimizer state, and say so in the manifest first. Raises OSError."""
@@ -29,15 +31,13 @@ def drop_optimizer(path: Path) -> None:
 
 
 def retain(folder: Path, *, keep_last: int, best_step: int | None, keep_optimizer: bool = True) -> None:
-    """Rank 0 only. Delete all but the last K (by step) and the best; sweep leftovers of crashed saves.
-    keep_optimizer: also that of the best.
-    """
+    """Rank 0 only. Delete all but the last K (by step) and the best. keep_optimizer: also of the best."""
     steps = sorted(folder.glob(f"{PREFIX}*"))
     for path in steps[:-keep_last]:
         if path.name == f"{PREFIX}{best_step or -1:08d}":
             if not keep_optimizer:
                 drop_optimizer(path)
         else:
-            doomed = path.with_name(f".tmp-delete-{path.name}")
+            doomed = path.with_name(f"{DOOMED}{path.name}")
             os.rename(path, doomed)  # rename first: a kill during deletion leaves no partial checkpoint
-    sweep(folder)
+    sweep(folder, DOOMED)  # a save may be in progress in another temporary folder

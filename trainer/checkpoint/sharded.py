@@ -51,9 +51,13 @@ def shard_tensors(state: TrainState, *, first: bool) -> Tensors:
 class Part(Save):
     """This rank's part of a save in progress. publishing: rank 0's next phase, after all shards."""
 
-    temporary: Path = Path()
     record: dict[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)  # that this rank writes
+    size: int = 0  # estimated bytes of the checkpoint
+    plain: bool = False  # whether it gets weights for other tools
     began: float = 0.0
+    temporary: Path = Path()
+    again: bool = False  # the second try, after a full disk
     publishing: bool = False
 
 
@@ -91,19 +95,23 @@ class SaveShards(SaveCheckpoint):
             tensors = self._copies[0](tensors) if self.config.async_ else tensors
         sizes = all_ranks(torch.tensor([sum(t.nbytes for t in tensors.values())]))
         best = best_step(record["evaluations"], self.metric) == state.step
-        ending = state.step == self.progress.total_steps or state.stop is not None
-        kept = state.weights().values()
-        plain = sum(4 * tensor.numel() for tensor in kept) if best or ending else 0
-        temporary = self._prepare(record, int(sizes.sum()) + plain + (4 << 20))
-        if temporary is None:
-            return
-        result = self._thread.submit(write_shard, temporary, tensors, self.world.rank, self._shards())
-        self.in_progress = Part(
-            state.step, time.perf_counter() - started, result, temporary,
-            record | {"plain": plain > 0}, started,
-        )  # fmt: skip
+        plain = best or state.step == self.progress.total_steps or state.stop is not None
+        size = int(sizes.sum()) + plain * sum(4 * t.numel() for t in state.weights().values()) + (4 << 20)
+        part = Part(state.step, 0.0, Future(), record, tensors, size, plain, began=started)
+        self._write_part(part)
+        part.stalled_s = time.perf_counter() - started
         if not self.config.async_:
             self._collect(wait=True)
+
+    def _write_part(self, part: Part) -> None:
+        """All ranks. Start writing this rank's shard."""
+        temporary = self._prepare(part.record, part.size)
+        if temporary is not None:
+            part.temporary = temporary
+            part.result = self._thread.submit(
+                write_shard, temporary, part.tensors, self.world.rank, self._shards()
+            )
+            self.in_progress = part
 
     def _prepare(self, record: dict[str, Any], size: int) -> Path | None:
         """All ranks. Rank 0 makes the folder that all write to. None: the save has failed."""
@@ -132,30 +140,33 @@ class SaveShards(SaveCheckpoint):
 
     def _collect(self, *, wait: bool) -> None:
         """All ranks, at every step boundary at which a save is in progress."""
-        part = self.in_progress
-        if isinstance(part, Part) and not part.publishing:
+        while isinstance(part := self.in_progress, Part) and not part.publishing:
             if wait:
                 self._wait_for(part)
             notes = all_ranks(_note(part.result))
             if (notes[:, 0] == RUNNING).any():
                 return
             self._all_wrote(part, notes)
-            part = self.in_progress
         if part is not None and self.world.is_main:
             super()._collect(wait=wait)
 
     def _all_wrote(self, part: Part, notes: torch.Tensor) -> None:
-        """All ranks have written their shards, or failed to."""
+        """All ranks have written their shards, or failed to. On a full disk, delete the checkpoints that this
+        one replaces, and all write again, once.
+        """
         self.in_progress = None
-        failed = [rank for rank, status in enumerate(notes[:, 0].tolist()) if status == FAILED]
-        if failed:
-            numbers = notes[:, 1].tolist()
-            if self.world.is_main:
-                shutil.rmtree(part.temporary, ignore_errors=True)
-                if any(numbers[rank] in FULL for rank in failed):  # for the next save
-                    self.folder.require_ownership()
-                    self._retain_and_point(part.record["evaluations"], make_room=True)
-            reasons = ", ".join(f"rank {rank} ({os.strerror(numbers[rank])})" for rank in failed)
+        errors = {rank: int(note[1]) for rank, note in enumerate(notes) if note[0] == FAILED}
+        full = any(number in FULL for number in errors.values())
+        if self.world.is_main and errors:
+            shutil.rmtree(part.temporary, ignore_errors=True)
+            if full:
+                self.folder.require_ownership()
+                self._retain_and_point(part.record["evaluations"], make_room=True)
+        if full and not part.again:
+            part.again = True
+            self._write_part(part)
+        elif errors:
+            reasons = ", ".join(f"rank {rank} ({os.strerror(number)})" for rank, number in errors.items())
             self._failed(part.step, f"{part.temporary.parent}: shard not written by {reasons}")
         elif self.world.is_main:
             part.result = self._thread.submit(self._publish, part, notes[: self._shards(), 2:].tolist())
@@ -168,13 +179,13 @@ class SaveShards(SaveCheckpoint):
 
     def _publish(self, part: Part, notes: list[list[int]]) -> tuple[Path, float]:
         """Runs in rank 0's thread."""
-        record = {name: value for name, value in part.record.items() if name != "plain"}
+        record = part.record
         count = self._shards()
         known = {shard_name(i, count): _described(note) for i, note in enumerate(notes)}
         path = checkpoints.publish(
             part.temporary,
             record,
-            partial(self._complete, weights=part.record["plain"]),
+            lambda folder: self._making_room(partial(self._complete, folder, weights=part.plain), record),
             known=known,
             require_ownership=self.folder.require_ownership,
         )

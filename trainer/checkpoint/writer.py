@@ -134,7 +134,7 @@ class SaveCheckpoint:
     def _write(
         self, weights: Tensors, optimizer: Tensors, record: dict[str, Any], size: int
     ) -> tuple[Path, float]:
-        """Runs in the thread. On a full disk, delete the checkpoints this one replaces and retry once."""
+        """Runs in the thread."""
         started, stop_time = time.perf_counter(), self.progress.stop_time
         write = partial(
             checkpoints.save_checkpoint,
@@ -145,19 +145,23 @@ class SaveCheckpoint:
             size=size,
             require_ownership=self.folder.require_ownership,
         )
-        try:
-            path = write()
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            self.folder.require_ownership()
-            self._retain_and_point(record["evaluations"], make_room=True)
-            path = write()
+        path = self._making_room(write, record)
         self._retain_and_point(record["evaluations"])
         seconds = time.perf_counter() - started
         stop_time.save_s = round(seconds, 3)
         self.folder.progress(step=record["step"], stop_time=asdict(stop_time))
         return path, seconds
+
+    def _making_room(self, write: Callable[[], Any], record: dict[str, Any]) -> Any:
+        """Runs in the thread. On a full disk, delete the checkpoints this one replaces and write again."""
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.folder.require_ownership()
+            self._retain_and_point(record["evaluations"], make_room=True)
+            return write()
 
     def _collect(self, *, wait: bool) -> None:
         """Report the result of a finished save (wait=True: wait for it). Only rank 0 has one in progress."""

@@ -205,7 +205,7 @@ def layouts(config: DoctorConfig) -> Iterator[TrainConfig]:
     """The configured run first, then others that need less memory."""
     yield config
     less = replace(config, model=replace(config.model, activation_checkpointing=True))
-    can_shard = config.gpus > 1 and config.optim.name != "adamw8bit" and not config.model.compile
+    can_shard = config.gpus > 1 and config.optim.name != "adamw8bit"
     if can_shard and config.parallel.mode == "ddp":
         sharded = replace(config.parallel, mode="fsdp")
         yield replace(config, parallel=sharded)

@@ -49,8 +49,6 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
         faults += _without_effect(config, ["parallel.shard_size", "parallel.gather_dtype"], "parallel ddp")
     elif config.optim.name == "adamw8bit":
         faults.append("optim.name adamw8bit works on whole tensors, which parallel fsdp does not have")
-    elif config.model.compile:
-        faults.append("model.compile works only with parallel ddp; remove it")
     if config.peft.rank == 0:
         faults += _without_effect(config, ["peft"], "peft.rank 0")
     elif importlib.util.find_spec("peft") is None:

@@ -91,12 +91,17 @@ class Sharded(Parallel):
 
 
 def parallelise(
-    module: nn.Module, world: World, compiled: Callable[[nn.Module], nn.Module] | None = None
+    module: nn.Module, world: World, compile_module: Callable[[nn.Module], None] | None = None
 ) -> Parallel:
-    """All ranks. Spread a model over the ranks, unless `shard` has done so. compiled: compiles a module."""
-    if (shards := getattr(module, "plainloop_shards", 0)) > 0:
+    """All ranks. Spread a model over the ranks, unless `shard` has done so. compile_module: compiles a
+    module in place; of a sharded model each block, since each gathers its weights by itself.
+    """
+    shards = getattr(module, "plainloop_shards", 0)
+    if compile_module:
+        for part in blocks(module) if shards else [module]:
+            compile_module(part)
+    if shards:
         return Sharded(module, shards)
-    module = compiled(module) if compiled else module
     return Replicated(module, world) if world.size > 1 else Parallel(module)
 
 

@@ -101,9 +101,9 @@ def _umask() -> int:
     return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, prefix: str = ".tmp-") -> None:
     """Rank 0 only. Remove leftover temporary folders. Safe, because a run folder has only one writer."""
-    for path in folder.glob(".tmp-*"):
+    for path in folder.glob(f"{prefix}*"):
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
         else:
