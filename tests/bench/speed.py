@@ -12,6 +12,7 @@ in its own process; medians over the rounds. MFU: FLOP/s of matrix products and 
 them, relative to the speed of a large matrix product on the same device.
 
 Data: the real SQuAD subset in PLAINLOOP_REAL_DATA, or the demo's generated corpus if that is not set.
+TINY=1: smoke test with two steps of each variant on 40 questions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any
 
 from common import settle, setup, show_ratios
 
-BATCH, WARMUP, LR = 16, 4, 1e-4
+TINY = "TINY" in os.environ
+BATCH, WARMUP, LR = (4, 1, 1e-4) if TINY else (16, 4, 1e-4)
 STEPS = {"a": 6, "b": 50, "b+": 50, "ours": 32, "compiled": 32, "c": 32}  # b: one full cycle of its groups
 
 
@@ -238,19 +240,16 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub name of an encoder; default: the demo's MiniLM")
     parser.add_argument("--variants", nargs="+", choices=list(STEPS), help="only these; default: all")
     parser.add_argument("--compiled", action="store_true", help="include compiled on a CPU (takes minutes)")
-    parser.add_argument(
-        "--tiny", action="store_true", help="smoke test: two steps of each variant on 40 questions"
-    )
     given = parser.parse_args()
     names = [n for n in STEPS if n != "b+" or given.device == "cpu"]
     names = [n for n in names if n != "compiled" or given.compiled or given.device == "cuda"]
     names = given.variants or names
     with tempfile.TemporaryDirectory() as cache:
         where = {"cache": cache, "device": given.device, "model": given.model}
-        where |= {"limit": 40} if given.tiny else {}
+        where |= {"limit": 40} if TINY else {}
         many = 10 if given.device == "cuda" else 1
-        steps = {name: 2 if given.tiny else many * STEPS[name] for name in names}
-        compare(1 if given.tiny else given.rounds, steps, where)
+        steps = {name: 2 if TINY else many * STEPS[name] for name in names}
+        compare(1 if TINY else given.rounds, steps, where)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 from common import Bench, show_ratios
 
 TINY = "TINY" in os.environ
-BATCH, WARMUP, LR = 16, 4, 1e-4
+BATCH, WARMUP, LR = (4, 1, 1e-4) if TINY else (16, 4, 1e-4)
 STEPS = dict.fromkeys(("a", "b", "b+", "ours"), 2) if TINY else {"a": 5, "b": 50, "b+": 50, "ours": 32}
 LIMIT, ROUNDS = (100, 1) if TINY else (4000, 3)
 

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel
 
 from plainloop.trainer.checkpoint.folder import verify
 from plainloop.trainer.checkpoint.retention import drop_optimizer
@@ -170,6 +172,33 @@ def test_a_full_disk_ends_without_a_partial_checkpoint(options: Any, launch: Any
     (small_disk / "filler").unlink()
     launch(2, "train", options | FSDP | {"run_dir": run, "max_steps": 2})
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "step", "fill_in", "background"),
+    [(1, 3, "write_shard", "true"), (1, 3, "write_shard", "false"), (0, 4, "write_plain", "true")],
+)
+def test_old_checkpoints_make_room_on_a_full_disk(
+    rank: int, step: int, fill_in: str, background: str, start: Any, small_disk: Path, tiny_model: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The disk fills up during a save, and the same save succeeds once an older checkpoint is deleted."""
+    subprocess.run(["mount", "-o", "remount,size=150m", small_disk], check=True)
+    model = tmp_path / "wider"  # 16 MB per shard; 11 MB of weights
+    shutil.copytree(tiny_model, model)
+    sizes = {"hidden_size": 384, "intermediate_size": 2304, "num_hidden_layers": 1}
+    config = json.loads((model / "config.json").read_text()) | sizes
+    (model / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.from_pretrained(model), add_pooling_layer=False).save_pretrained(model)
+    changes = {"checkpoint.every_steps": 1, "checkpoint.keep_last": 2, "max_steps": 4}
+    changes |= {"checkpoint.async": background, "run_dir": small_disk / "run", "model.path": model}
+    job = start(2, fault={"rank": rank, "fill_at": step, "fill_in": fill_in}, restarts=0, **FSDP, **changes)
+    assert job.end() == 0 and "NOT saved" not in job.output(), job.output()
+    assert (small_disk / "ballast").exists()
+    folders = sorted((small_disk / "run/checkpoints").iterdir())
+    assert [path.name[-1] for path in folders] == ["3", "4"] and not any(map(verify, folders))
 
 
 @pytest.mark.slow

@@ -64,9 +64,13 @@ def test_named_columns_and_notes_on_the_command_line(
 @pytest.mark.slow
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_xquad_trains_and_evaluates_without_a_warning(
-    language: str, real_data: Path, minilm: str, options: dict[str, Any]
+    language: str, real_data: Path, minilm: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    file = real_data / f"xquad/xquad.{language}.json"
+    content = json.loads((real_data / f"xquad/xquad.{language}.json").read_text())
+    content["data"] = content["data"][:12]
+    file = tmp_path / f"xquad.{language}.json"
+    file.write_text(json.dumps(content))
+    questions = sum(len(p["qas"]) for article in content["data"] for p in article["paragraphs"])
     changes = {
         "model.path": minilm, "data.train": file, "data.dev": file, "max_steps": 2, "data.max_length": 256,
         "data.stride": 64, "evaluation.metric": "mlqa", "evaluation.best_metric": "f1",
@@ -79,4 +83,4 @@ def test_xquad_trains_and_evaluates_without_a_warning(
     assert result.returncode == 0, result.stderr[-2000:]
     assert "warning" not in result.stderr.lower(), result.stderr
     metrics = json.loads((Path(options["run_dir"]) / "evaluation/metrics.json").read_text())
-    assert metrics["total"] == 1190 and "NoAns_f1" not in metrics
+    assert metrics["total"] == questions and "NoAns_f1" not in metrics

@@ -27,7 +27,7 @@ ELSEWHERE = {
 }
 # What makes a command small enough for a test: the same command on tiny data, without a GPU.
 SMALL = {
-    r"speed\.py --device cuda": "speed.py --device cpu --tiny --variants ours c",
+    r"python (\S+speed\.py) --device cuda": r"TINY=1 python \1 --device cpu --variants ours c",
     r"--gpus-per-node=\d": "--gpus-per-node=0",
     r"launch/(train|evaluate)\.sbatch": r"launch/\1.sbatch --cpu-workers 1",
     r"^plainloop fetch": "env -u HF_HUB_OFFLINE plainloop fetch",

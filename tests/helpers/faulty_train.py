@@ -11,6 +11,8 @@ hang_at         before this step, the main thread hangs
 poison_at       before this step, one weight becomes NaN
 drift_at        before this step, one bit of one weight flips
 disorder_at     before this step, the digest of the data order changes
+fill_at         in the save of this step of a sharded run, the disk is filled but for 8 MB, once
+fill_in         when: before `write_shard` or `write_plain`
 """
 
 import json
@@ -49,6 +51,23 @@ def slow_agreed(self: Any) -> bool:
     return agreed(self)
 
 
+def fill_before(name: str) -> None:
+    from plainloop.trainer.checkpoint import sharded
+
+    write = getattr(sharded, name)
+
+    def filling(folder: Any, *arguments: Any) -> Any:
+        disk = folder.parents[2]  # the run folder lies on it
+        ballast = disk / "ballast"
+        if folder.name.startswith(f".tmp-step-{FAULT['fill_at']:08d}") and not ballast.exists():
+            free = os.statvfs(disk)
+            with open(ballast, "wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, free.f_bavail * free.f_frsize - (8 << 20))
+        return write(folder, *arguments)
+
+    setattr(sharded, name, filling)
+
+
 def faulty_step(state: Any, *arguments: Any) -> None:
     import torch
 
@@ -69,6 +88,8 @@ if HERE and LIFE == FAULT.get("life", LIFE):
     hooks.Stop.agreed = slow_agreed  # type: ignore[method-assign]
     os.fsync = slow_fsync
     loop.train_step = faulty_step
+    if "fill_at" in FAULT:
+        fill_before(FAULT["fill_in"])
 
 if __name__ == "__main__":
     main_of_process()

@@ -140,6 +140,18 @@ def test_sharded_in_bf16(given: Any, run: Any, metrics: Any, tmp_path: Path) -> 
     assert len(metrics(tmp_path / "two", "evaluation")) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_widths", [0, 2])
+def test_sharded_and_compiled(num_widths: int, given: Any, run: Any, metrics: Any, tmp_path: Path) -> None:
+    still = STILL | ({} if given.get("task") == "text" else {"model.attention_dropout": 0.0})
+    still |= {"tf32": "false", "data.num_widths": num_widths}
+    run(**still)
+    more = {"parallel.mode": "fsdp", "model.compile": "true", "run_dir": tmp_path / "two"}
+    train_on_one_gpu(2, given | still | more)
+    losses = [[r["loss"] for r in metrics(d, "train")] for d in (given["run_dir"], tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_adapters_resume_bitwise_identical(
     method: str, given: Any, run: Any, assert_same_bits: Any, tmp_path: Path

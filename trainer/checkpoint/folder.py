@@ -18,7 +18,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,20 +189,10 @@ def verify(path: Path) -> str | None:
         if fault := _foreign(path):
             return fault
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            file = path / name
-            if holds_optimizer(name) and expected is None:
-                continue
-            if name != Path(name).name:
-                return f"{MANIFEST} names {name}, which is not a file of this folder"
-            try:
-                fault = file_fault(file, name, expected)
-                if not fault and file.suffix == ".safetensors":
-                    fault = _unreadable(file)
-            except FileNotFoundError:
-                fault = f"{name} is missing"
-            if fault and not (holds_optimizer(name) and not has_optimizer(path)):  # it was dropped meanwhile
-                return fault
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing a file keeps one core busy
+            faults = list(threads.map(partial(_fault, path), *zip(*manifest.items(), strict=True)))
+        if fault := next(filter(None, faults), None):
+            return fault
         shards = complete_set(manifest)
         optimizer = shards or {OPTIMIZER}
         if missing := {"config.json", "state.json", *optimizer} - set(manifest):
@@ -210,6 +202,23 @@ def verify(path: Path) -> str | None:
         return _incomplete(upgrade(json.loads((path / "state.json").read_text(encoding="utf-8"))))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} can't be read ({error})"
+
+
+def _fault(path: Path, name: str, expected: dict[str, Any] | None) -> str | None:
+    """What is wrong with one file of a checkpoint, given its entry in the manifest."""
+    if expected is None:
+        return None if holds_optimizer(name) else f"{MANIFEST} does not describe {name}"
+    if name != Path(name).name:
+        return f"{MANIFEST} names {name}, which is not a file of this folder"
+    file = path / name
+    try:
+        fault = file_fault(file, name, expected)
+        if not fault and file.suffix == ".safetensors":
+            fault = _unreadable(file)
+    except FileNotFoundError:
+        fault = f"{name} is missing"
+    dropped = fault and holds_optimizer(name) and not has_optimizer(path)  # meanwhile, by retention
+    return None if dropped else fault
 
 
 def _foreign(path: Path) -> str | None:
