@@ -65,6 +65,7 @@ def test_hung_rank_is_named_with_its_step_and_stack(start: Any) -> None:
     assert "plainloop: error: no progress for" in job.output()
 
 
+@pytest.mark.slow
 def test_first_step_has_its_own_timeout(start: Any) -> None:
     job = start(2, restarts=0, fault={"rank": 1, "hang_at": 0}, timeout_s=2, start_timeout_s=8)
     assert job.end(60) != 0
@@ -95,7 +96,10 @@ def test_run_that_lost_its_lock_writes_nothing_more(start: Any) -> None:
     assert json.loads((job.run_dir / "lock").read_text())["token"] == "another"
 
 
-@pytest.mark.parametrize(("fault", "what"), [("drift_at", "weights"), ("disorder_at", "data order")])
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [("drift_at", "weights"), pytest.param("disorder_at", "data order", marks=pytest.mark.slow)],
+)
 def test_diverged_ranks_end_the_run(fault: str, what: str, start: Any) -> None:
     job = start(3, restarts=0, fault={"rank": 2, fault: 4}, compare_every_steps=3)
     assert job.end() != 0

@@ -50,6 +50,7 @@ def test_third_task_is_short_and_complete() -> None:
     assert len(TASK.read_text().splitlines()) <= 100
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_and_evaluate_every_example_once(
     own: Any, launch: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path, metrics: Any
 ) -> None:

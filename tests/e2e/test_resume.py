@@ -42,6 +42,7 @@ def test_one_process_stopped_after_every_step(
     assert [line[0] for line in losses(metrics, options["run_dir"])] == [4, 8, 12, 16, 20, 24, 28, 30]
 
 
+@pytest.mark.slow
 def test_two_processes_with_loader_workers(
     options: Any, launch: Any, metrics: Any, tensors: Any,
     assert_same_bits: Any, tmp_path: Path,

@@ -120,6 +120,7 @@ def test_preemption_with_a_grace_time(submit: Any) -> None:
     assert job.cluster.wait(urgent)["JobState"] == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_array_task_is_requeued_alone(submit: Any) -> None:
     """One task's job id is also the array's id: given that id, Slurm would requeue all tasks."""
     job = submit(

@@ -16,21 +16,20 @@ STILL = {"model.dropout": 0.0, "max_steps": 4}
 
 def compare(train: Any, metrics: Any, options: dict[str, Any], tmp_path: Path, **changes: Any) -> None:
     train(**STILL, **changes)
-    more = {"run_dir": tmp_path / "compiled", "model.compile": "true", "data.num_widths": 2}
-    train(**STILL, **changes, **more)
+    train(**STILL, **{"run_dir": tmp_path / "compiled", "model.compile": "true", **changes})
     losses = [[r["loss"] for r in metrics(d, "train")] for d in (options["run_dir"], tmp_path / "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_spans(options: dict[str, Any], train: Any, metrics: Any, tmp_path: Path, capsys: Any) -> None:
-    compare(train, metrics, options, tmp_path, **{"model.attention_dropout": 0.0})
+    compare(train, metrics, options, tmp_path, **{"model.attention_dropout": 0.0, "data.num_widths": 2})
     assert "padded to 2 widths: " in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_texts(text_options: dict[str, Any], train: Any, metrics: Any, tmp_path: Path) -> None:
-    compare(train, metrics, text_options, tmp_path)
+    compare(train, metrics, text_options, tmp_path, **{"data.num_widths": 1})
 
 
 @pytest.mark.slow

@@ -115,6 +115,7 @@ def test_auto_is_resolved_once_recorded_and_kept_on_another_machine(
     assert "precision fp32: as requested" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_and_evaluate_resolve_to_the_same_precision(options: dict[str, Any], launch: Any) -> None:
     """ONEDNN_MAX_CPU_ISA disables bf16 on a CPU that supports it."""
     result = launch(2, "train", options | {"precision": "auto", "max_steps": 2}, ONEDNN_MAX_CPU_ISA="AVX2")
