@@ -218,10 +218,10 @@ def report(config: TrainConfig, progress: Progress, steps: Steps, data: dict[str
     parameters = sum(p.numel() for p in state.model.parameters())
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     share = "" if trained == parameters else f" of which {trained / 1e6:.2f} M are trained,"
-    saved = trained if state.adapted else parameters
+    size = checkpoint_bytes(trained if state.adapted else parameters, config.optim.name) / 1e9
     free = shutil.disk_usage(config.run_dir).free / 1e9
     log.say(
         f"{parameters / 1e6:.1f} M parameters,{share} {config.precision}, {world.size} x {world.device.type};"
         f" {progress.total_steps} steps of {config.batch_size} rows, at most {steps.max_tokens} padded tokens"
-        f" per micro-batch; checkpoints of {checkpoint_bytes(saved) / 1e9:.2f} GB, {free:.0f} GB free"
+        f" per micro-batch; checkpoints of {size:.2f} GB, {free:.0f} GB free"
     )

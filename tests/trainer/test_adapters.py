@@ -151,6 +151,13 @@ def test_another_base_is_refused(options: Any, tmp_path: Path, capfd: Any) -> No
     assert expected in capfd.readouterr().err
     assert main([*evaluate, "--base", str(tmp_path / "nowhere")]) == 2
     assert "the base model of these adapters is not there; fetch it" in capfd.readouterr().err
+    on_moved = options | {"model.path": str(moved), "run_dir": tmp_path / "on_moved"}
+    assert run(on_moved, stop_at_step=2) == 75
+    replay = ["replay", str(on_moved["run_dir"]), "--step", "2", "--losses", "true"]
+    assert main(replay) == 0
+    save_file(changed, moved / "model.safetensors", metadata={"format": "pt"})
+    assert main(replay) == 2
+    assert f"{moved}: not the base model of these adapters" in capfd.readouterr().err
 
 
 def test_layers_that_share_their_weight_are_refused(tiny_t5: Path) -> None:

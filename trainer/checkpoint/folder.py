@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from plainloop.trainer.config.options import MOMENTS
 from plainloop.trainer.errors import InputError
 from plainloop.trainer.run_folder.files import (
     MANIFEST,
@@ -262,11 +263,9 @@ def holds_optimizer(name: str) -> bool:
     return name == OPTIMIZER or SHARD.fullmatch(name) is not None
 
 
-def checkpoint_bytes(parameters: int, moments: float = 8.0) -> int:
-    """Estimated size in bytes: fp32 weights, moments (bytes per parameter; AdamW: two in fp32), and room for
-    the small files.
-    """
-    return int((4 + moments) * parameters) + (4 << 20)
+def checkpoint_bytes(parameters: int, optimizer: str) -> int:
+    """Estimated bytes: fp32 weights, the state of this optimizer (optim.name), and room for small files."""
+    return int((4 + MOMENTS[optimizer]) * parameters) + (4 << 20)
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from plainloop.data.samplers import total_lengths
 from plainloop.models.load import OVERFLOWS_IN_FP16, load_config, overflows_in_fp16
 from plainloop.trainer.checkpoint.folder import checkpoint_bytes
-from plainloop.trainer.commands.memory import MOMENTS, SAMPLE, Pass, estimate, measure, memory_of
+from plainloop.trainer.commands.memory import SAMPLE, Pass, estimate, measure, memory_of
 from plainloop.trainer.commands.probe import (
     TwoRanks,
     nearest_existing,
@@ -284,7 +284,7 @@ class Doctor:
     def _checkpoint_bytes(self) -> int:
         if not self.parameters:
             raise CheckWarning("not checked: depends on the model")
-        return checkpoint_bytes(self.trained, MOMENTS[self.config.optim.name])
+        return checkpoint_bytes(self.trained, self.config.optim.name)
 
 
 def doctor(config: DoctorConfig) -> int:

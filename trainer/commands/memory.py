@@ -17,7 +17,7 @@ from plainloop.data.samplers import total_lengths
 from plainloop.data.types import MicroBatch
 from plainloop.trainer.checkpoint.folder import checkpoint_bytes
 from plainloop.trainer.config.command_options import DoctorConfig
-from plainloop.trainer.config.options import PeftConfig, TrainConfig
+from plainloop.trainer.config.options import MOMENTS, PeftConfig, TrainConfig
 from plainloop.trainer.config.validate import validate
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import InputError, is_out_of_memory
@@ -27,7 +27,7 @@ from plainloop.trainer.state import TrainState
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
 from plainloop.trainer.tasks.find import find_task
-from plainloop.trainer.tasks.footprint import MOMENTS, RESERVE, Footprint, footprint, made_up_data
+from plainloop.trainer.tasks.footprint import RESERVE, Footprint, footprint, made_up_data
 from plainloop.trainer.tasks.model import load_model
 
 SAMPLE = 256  # training examples to tokenise for a check
@@ -246,7 +246,7 @@ def described(config: TrainConfig) -> str:
 def checkpoint_size(found: Footprint, config: TrainConfig) -> int:
     """Bytes of a checkpoint with its optimizer state."""
     kept = found.trained if config.peft.rank else found.parameters
-    return checkpoint_bytes(kept, MOMENTS[config.optim.name])
+    return checkpoint_bytes(kept, config.optim.name)
 
 
 def _sample(task: Task, config: TrainConfig, scratch: Path) -> Dataset:

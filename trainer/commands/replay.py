@@ -24,6 +24,7 @@ from plainloop.trainer.config.parse import from_dict, parse
 from plainloop.trainer.config.report_options import ReplayConfig
 from plainloop.trainer.distributed.world import World, world_from_env
 from plainloop.trainer.errors import InputError
+from plainloop.trainer.run_folder.base_model import require_base
 from plainloop.trainer.tasks import base as tasks
 from plainloop.trainer.tasks.base import Dataset, Task
 from plainloop.trainer.tasks.find import find_task
@@ -65,6 +66,8 @@ def replay(config: ReplayConfig) -> str:
     if config.losses:
         if step > done:
             raise InputError(f"--step {step}: the run has been trained up to step {done}; no losses yet.")
+        if told and "base" in told.state:
+            require_base(told.state["base"], run.model.path)
         start = next((one for one in reversed(saved) if one.state["step"] < step), None)
         if start and start.state["environment"].get("ranks", ranks) != ranks:
             print("warning: the run changed its number of ranks near this step", file=sys.stderr)

@@ -91,6 +91,11 @@ class TextConfig:
     )
 
 
+# Bytes of optimizer state per trained parameter. In 8 bits, 256 numbers share a scale. Adafactor has a few
+# per row and column.
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "adafactor": 0.0}
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer, learning rate schedule and gradient clipping."""

@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plainloop.trainer.config.options import TrainConfig
+from plainloop.trainer.config.options import MOMENTS, TrainConfig
 from plainloop.trainer.distributed.parallel import blocks
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import InputError
@@ -33,8 +33,6 @@ from plainloop.trainer.tasks.base import Dataset, Task
 from plainloop.trainer.tasks.model import shape_model
 
 RESERVE = 1 << 30  # bytes for the CUDA context, and for what the allocator can't use
-# Bytes per trained parameter. In 8 bits, 256 numbers share a scale. Adafactor's are per row and column.
-MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "adafactor": 0.0}
 
 
 @dataclass(frozen=True)
