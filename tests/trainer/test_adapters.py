@@ -158,6 +158,7 @@ def test_another_base_is_refused(options: Any, tmp_path: Path, capfd: Any) -> No
     save_file(changed, moved / "model.safetensors", metadata={"format": "pt"})
     assert main(replay) == 2
     assert f"{moved}: not the base model of these adapters" in capfd.readouterr().err
+    assert main([*replay, "--base", options["model.path"]]) == 0
 
 
 def test_layers_that_share_their_weight_are_refused(tiny_t5: Path) -> None:

@@ -1,5 +1,6 @@
 """Any damage to any file of a checkpoint is detected, and the previous checkpoint is used."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from plainloop.data.errors import InputError
+from plainloop.trainer.checkpoint import retention
 from plainloop.trainer.checkpoint.folder import (
     counters,
     newest_good,
@@ -116,6 +118,18 @@ def test_retention_by_step_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     (tmp_path / ".tmp-delete-step-00000000").mkdir()  # a kill during deletion
     retain(tmp_path, keep_last=1, best_step=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [saving.name, "step-00000002", "step-00000004"]
+
+
+def test_retention_makes_room_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    monkeypatch.setattr(retention, "write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        retain(tmp_path, keep_last=1, best_step=1, keep_optimizer=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def test_the_best_without_its_optimizer_is_good_but_not_resumed_from(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """torch.compile: same loss curve as eager, one graph per width, compiled code cached for the next start."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from plainloop.models.compiled import compile_training
 from plainloop.trainer.distributed.device import keep_compiled_code
+from plainloop.trainer.distributed.parallel import blocks
 
 STILL = {"model.dropout": 0.0, "max_steps": 4}
 
@@ -66,21 +68,26 @@ def test_sharded_and_compiled_the_curve_and_the_scores_are_those_of_one_process(
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
-def test_one_graph_per_width_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[Any] = []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that torch.compile makes, which then run as they are."""
+    found: list[Any] = []
     torch_compile = torch.compile
 
     def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda *args, **more: torch_compile(*args, **more, backend=backend))
+    torch._dynamo.reset()
+    return found
 
+
+def test_one_graph_per_width_for_any_number_of_rows(graphs: list[Any]) -> None:
     class Twice(torch.nn.Module):
         def forward(self, *, x: torch.Tensor) -> torch.Tensor:
             return x * 2 + x.shape[1]
 
-    torch._dynamo.reset()
     module = Twice()
     compile_training(module, num_shapes=12)
     for width in range(8, 8 + 12):  # more than torch's default recompile limit
@@ -90,6 +97,34 @@ def test_one_graph_per_width_for_any_number_of_rows(monkeypatch: pytest.MonkeyPa
     assert len(graphs) == 12
     assert torch.equal(module.eval()(x=torch.ones(2, 99)), torch.full((2, 99), 101.0))
     assert len(graphs) == 12
+
+
+@pytest.mark.slow
+def test_layers_share_their_graphs_whatever_comes_first(graphs: list[Any], tiny_t5: Path) -> None:
+    """Eight: first and other layers of two stacks, one row or more. Equal sizes get no graph of their own."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    eager = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).train()
+    network = copy.deepcopy(eager)
+    for block in blocks(network):
+        compile_training(block)
+    for rows, width, length in [(16, 16, 8), (2, 24, 16), (1, 32, 8), (8, 8, 8), (1, 16, 16), (3, 40, 24)]:
+        ids, labels = torch.full((rows, width), 5), torch.full((rows, length), 6)
+        losses = []
+        for one in (network, eager):
+            torch.manual_seed(0)  # dropout
+            losses.append(one(input_ids=ids, labels=labels, use_cache=False).loss)
+        assert torch.equal(*losses)
+    assert len(graphs) == 8
+
+
+def test_a_copy_runs_its_own_weights(graphs: list[Any]) -> None:
+    module = torch.nn.Linear(3, 3)
+    compile_training(module)
+    averaged = copy.deepcopy(module)
+    torch.nn.init.zeros_(averaged.weight)
+    x = torch.ones(2, 3)
+    assert torch.equal(averaged(x), averaged.bias.expand(2, 3)) and not torch.equal(module(x), averaged(x))
 
 
 def test_compiled_code_is_kept_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -190,10 +190,13 @@ def verify(path: Path) -> str | None:
         if fault := _foreign(path):
             return fault
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing a file keeps one core busy
-            faults = list(threads.map(partial(_fault, path), *zip(*manifest.items(), strict=True)))
-        if fault := next(filter(None, faults), None):
-            return fault
+        threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # hashing a file keeps one core busy
+        try:
+            faults = threads.map(partial(_fault, path), *zip(*manifest.items(), strict=True))
+            if fault := next(filter(None, faults), None):
+                return fault
+        finally:
+            threads.shutdown(cancel_futures=True)
         shards = complete_set(manifest)
         optimizer = shards or {OPTIMIZER}
         if missing := {"config.json", "state.json", *optimizer} - set(manifest):

@@ -31,13 +31,15 @@ def drop_optimizer(path: Path) -> None:
 
 
 def retain(folder: Path, *, keep_last: int, best_step: int | None, keep_optimizer: bool = True) -> None:
-    """Rank 0 only. Delete all but the last K (by step) and the best. keep_optimizer: also of the best."""
-    steps = sorted(folder.glob(f"{PREFIX}*"))
-    for path in steps[:-keep_last]:
-        if path.name == f"{PREFIX}{best_step or -1:08d}":
-            if not keep_optimizer:
-                drop_optimizer(path)
-        else:
+    """Rank 0 only. Delete all but the last K (by step) and the best. keep_optimizer: whether the best keeps
+    its optimizer state when it is not among the last K.
+    """
+    old = sorted(folder.glob(f"{PREFIX}*"))[:-keep_last]
+    best = folder / f"{PREFIX}{best_step or -1:08d}"
+    for path in old:
+        if path != best:
             doomed = path.with_name(f"{DOOMED}{path.name}")
             os.rename(path, doomed)  # rename first: a kill during deletion leaves no partial checkpoint
     sweep(folder, DOOMED)  # a save may be in progress in another temporary folder
+    if best in old and not keep_optimizer:  # last, since it writes, for which a full disk has room only now
+        drop_optimizer(best)

@@ -27,7 +27,7 @@ from plainloop.trainer.checkpoint.host_copy import Tensors
 from plainloop.trainer.checkpoint.writer import FULL, Save, SaveCheckpoint
 from plainloop.trainer.distributed.parallel import Sharded, local
 from plainloop.trainer.distributed.world import all_ranks, broadcast_json
-from plainloop.trainer.run_folder.files import describe_file, sync
+from plainloop.trainer.run_folder.files import describe_file, rust_errors, sync
 from plainloop.trainer.run_folder.plain_weights import save_tensors, write_plain
 from plainloop.trainer.run_folder.tensors import open_shards, shard_name
 from plainloop.trainer.state import TrainState, best_step
@@ -63,7 +63,8 @@ class Part(Save):
 
 class SaveShards(SaveCheckpoint):
     """All ranks save when due. At each step boundary they compare notes: if all shards are written, rank 0
-    publishes the checkpoint in its thread; if one failed, the save failed for all.
+    publishes the checkpoint in its thread. If one failed on a full disk, all write again; if it failed for
+    another reason or twice, the save failed for all.
     """
 
     def reserve(self, state: TrainState) -> None:
@@ -105,7 +106,7 @@ class SaveShards(SaveCheckpoint):
 
     def _write_part(self, part: Part) -> None:
         """All ranks. Start writing this rank's shard."""
-        temporary = self._prepare(part.record, part.size)
+        temporary = self._prepare(part)
         if temporary is not None:
             part.temporary = temporary
             part.result = self._thread.submit(
@@ -113,8 +114,11 @@ class SaveShards(SaveCheckpoint):
             )
             self.in_progress = part
 
-    def _prepare(self, record: dict[str, Any], size: int) -> Path | None:
-        """All ranks. Rank 0 makes the folder that all write to. None: the save has failed."""
+    def _prepare(self, part: Part) -> Path | None:
+        """All ranks. Rank 0 makes the folder that all write to, and room for the second try. None: the save
+        has failed.
+        """
+        record, size = part.record, part.size
         answer: dict[str, str] = {}
         if self.world.is_main:
             folder = self.folder.path / "checkpoints"
@@ -122,9 +126,11 @@ class SaveShards(SaveCheckpoint):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
+                    if part.again:
+                        self._make_room(record)
                     checkpoints.require_space(folder, size)
                 except OSError:
-                    self._retain_and_point(record["evaluations"], make_room=True)
+                    self._make_room(record)
                     checkpoints.require_space(folder, size)
                 shutil.rmtree(temporary, ignore_errors=True)  # of a failed save of the same step
                 temporary.mkdir()
@@ -151,18 +157,12 @@ class SaveShards(SaveCheckpoint):
             super()._collect(wait=wait)
 
     def _all_wrote(self, part: Part, notes: torch.Tensor) -> None:
-        """All ranks have written their shards, or failed to. On a full disk, delete the checkpoints that this
-        one replaces, and all write again, once.
-        """
+        """All ranks have written their shards, or failed to."""
         self.in_progress = None
         errors = {rank: int(note[1]) for rank, note in enumerate(notes) if note[0] == FAILED}
-        full = any(number in FULL for number in errors.values())
         if self.world.is_main and errors:
             shutil.rmtree(part.temporary, ignore_errors=True)
-            if full:
-                self.folder.require_ownership()
-                self._retain_and_point(part.record["evaluations"], make_room=True)
-        if full and not part.again:
+        if not part.again and any(number in FULL for number in errors.values()):
             part.again = True
             self._write_part(part)
         elif errors:
@@ -185,7 +185,7 @@ class SaveShards(SaveCheckpoint):
         path = checkpoints.publish(
             part.temporary,
             record,
-            lambda folder: self._making_room(partial(self._complete, folder, weights=part.plain), record),
+            lambda folder: self._twice(partial(self._complete, folder, weights=part.plain), record),
             known=known,
             require_ownership=self.folder.require_ownership,
         )
@@ -196,6 +196,17 @@ class SaveShards(SaveCheckpoint):
         return path, seconds
 
     def _complete(self, folder: Path, *, weights: bool) -> None:
+        """Write what is not in the shards. An error leaves none of it, so that there is room to go on."""
+        before = set(folder.iterdir())
+        try:
+            with rust_errors(folder):
+                self._write_rest(folder, weights=weights)
+        except OSError:
+            for path in set(folder.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
+
+    def _write_rest(self, folder: Path, *, weights: bool) -> None:
         if weights and self.progress.state.adapted:  # which are small
             held = open_shards(folder)
             assert held is not None

@@ -145,23 +145,27 @@ class SaveCheckpoint:
             size=size,
             require_ownership=self.folder.require_ownership,
         )
-        path = self._making_room(write, record)
+        path = self._twice(write, record)
         self._retain_and_point(record["evaluations"])
         seconds = time.perf_counter() - started
         stop_time.save_s = round(seconds, 3)
         self.folder.progress(step=record["step"], stop_time=asdict(stop_time))
         return path, seconds
 
-    def _making_room(self, write: Callable[[], Any], record: dict[str, Any]) -> Any:
+    def _twice(self, write: Callable[[], Any], record: dict[str, Any]) -> Any:
         """Runs in the thread. On a full disk, delete the checkpoints this one replaces and write again."""
         try:
             return write()
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            self.folder.require_ownership()
-            self._retain_and_point(record["evaluations"], make_room=True)
-            return write()
+        self._make_room(record)
+        return write()
+
+    def _make_room(self, record: dict[str, Any]) -> None:
+        """Rank 0 only. Delete the checkpoints that this one replaces."""
+        self.folder.require_ownership()
+        self._retain_and_point(record["evaluations"], make_room=True)
 
     def _collect(self, *, wait: bool) -> None:
         """Report the result of a finished save (wait=True: wait for it). Only rank 0 has one in progress."""

@@ -40,7 +40,7 @@ def replay(config: ReplayConfig) -> str:
         raise InputError("replay is one process, also for a run of several ranks: start it without torchrun.")
     saved, log = read_checkpoints(run_dir), read_log(run_dir)
     told = next((one for one in saved if one.state["step"] >= step), saved[-1] if saved else None)
-    run = read_config(run_dir, told, config.task)
+    run = read_config(run_dir, told, config)
     environment = told.state["environment"] if told else {}
     task = find_task(run.task)(run)
     data = tasks.load_split(task, "train", run.data.train or "", run, world, limit=run.data.limit)
@@ -102,7 +102,7 @@ def read_checkpoints(run_dir: Path) -> list[Checkpoint]:
     return saved
 
 
-def read_config(run_dir: Path, told: Checkpoint | None, named_task: str | None) -> TrainConfig:
+def read_config(run_dir: Path, told: Checkpoint | None, config: ReplayConfig) -> TrainConfig:
     """The options of the run at the step: of this checkpoint, else of config.yaml. Raises InputError."""
     if told:
         run = from_dict(TrainConfig, told.state["config"])
@@ -110,9 +110,11 @@ def read_config(run_dir: Path, told: Checkpoint | None, named_task: str | None) 
         run = parse(TrainConfig, ["--config", str(run_dir / "config.yaml")], program="plainloop replay")
     else:
         raise InputError(f"{run_dir}: not a run folder: it has neither checkpoints nor a config.yaml.")
-    if ":" in run.task and named_task != run.task:
+    if ":" in run.task and config.task != run.task:
         raise InputError(f"{run_dir}: was trained with a task of your own; name it: --task {run.task}.")
-    return replace(run, model=replace(run.model, compile=False))
+    if config.base and not run.peft.rank:
+        raise InputError(f"--base: no effect, since {run_dir} was trained without adapters.")
+    return replace(run, model=replace(run.model, path=config.base or run.model.path, compile=False))
 
 
 def require_known_rows(told: Checkpoint, step: int, sampler: Sampler) -> None:

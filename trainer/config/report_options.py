@@ -83,6 +83,7 @@ class ReplayConfig:
     )
     around: int = option(0, "also print the log lines of this many steps before and after", minimum=0)
     chars: int = option(300, "characters of each row's input to print; 0: all", minimum=0)
+    base: str | None = option(None, "base model of a run with adapters; default: where it was in training")
     task: str | None = option(None, "a task of your own must be named here: its code is run")
     json: bool = option(False, "print JSON instead of text")
     device: Literal["auto", "cuda", "cpu"] = option("auto", "with --losses: device to run the model on")

@@ -94,11 +94,12 @@ def parallelise(
     module: nn.Module, world: World, compile_module: Callable[[nn.Module], None] | None = None
 ) -> Parallel:
     """All ranks. Spread a model over the ranks, unless `shard` has done so. compile_module: compiles a
-    module in place; of a sharded model each block, since each gathers its weights by itself.
+    module in place. It gets the whole model or, if that is sharded, each block, since each gathers its
+    weights by itself.
     """
     shards = getattr(module, "plainloop_shards", 0)
     if compile_module:
-        for part in blocks(module) if shards else [module]:
+        for part in (blocks(module) if shards else []) or [module]:
             compile_module(part)
     if shards:
         return Sharded(module, shards)
