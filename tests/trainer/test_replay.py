@@ -75,12 +75,13 @@ def test_each_loss_is_that_of_its_row(options: Any, capsys: Any) -> None:
     from plainloop.data.store import Store
     from plainloop.models.spans import load_span_model, span_loss_sum
     from plainloop.trainer.commands.replay import read_checkpoints, read_config
+    from plainloop.trainer.config.report_options import ReplayConfig
     from plainloop.trainer.tasks.span import SpanTask
 
     still = {"model.dropout": 0, "model.attention_dropout": 0, "max_steps": 1}
     assert main(["train", *as_arguments(options | still)]) == 0
     found = replayed(capsys, options["run_dir"], "--step", "1", "--losses")
-    run = read_config(Path(options["run_dir"]), read_checkpoints(Path(options["run_dir"]))[0], None)
+    run = read_config(Path(options["run_dir"]), read_checkpoints(Path(options["run_dir"]))[0], ReplayConfig())
     (folder,) = Path(options["data.cache_dir"]).glob("spantask-*")
     collate = SpanTask(run).collate(Store.open(folder))
     torch.manual_seed(run.seed)
