@@ -77,6 +77,7 @@ def test_doctor_estimates_from_the_config_alone(
     assert "M parameters, adamw, bf16, micro-batches of 960 tokens, the longest rows" in said
     for layout in ("ddp:", "fsdp:", "fsdp, model.activation_checkpointing true:", "ddp, peft.rank 16"):
         assert f"ok    {layout}" in said
+    assert "a save needs as much host memory as the checkpoint" in said
     assert main([*line, "0.5"]) == 1
     said = capsys.readouterr().out
     assert "FAIL  ddp:" in said and "no    fsdp:" in said and "no row fits" in said

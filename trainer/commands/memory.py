@@ -197,6 +197,9 @@ def estimate(config: DoctorConfig, scratch: Path) -> int:
         text += f", a checkpoint of {checkpoint_size(found, layout) / 1e9:.2f} GB"
         text += f"; up to {fits} tokens fit" if fits else "; no row fits"
         print(f"{level:4}  {text}", flush=True)
+    if config.checkpoint.async_:
+        shares = ", with fsdp a share on each rank" if config.gpus > 1 else ""
+        print(f"a save needs as much host memory as the checkpoint: on rank 0{shares}")
     print(f"estimated for {config.gpus} x {memory / 1e9:.0f} GB in {time.monotonic() - started:.0f} s")
     return code
 
