@@ -1,9 +1,11 @@
 """Peak memory of a rank with a model of 409 M parameters: whole on one rank, or sharded over 2 and 4.
 
 usage: python tests/bench/sharding.py
-Peak resident memory above that of the imports, after loading, after two steps, and after a save during which
-training goes on; beside it, plainloop's estimate from the config alone. While loading, pages of the model's
-file that were read count too, though the kernel may drop them.
+Peak resident memory above that of the imports, beside plainloop's estimate from the config alone (without
+what it adds for CUDA): after two steps, after a save during which training goes on, and in new processes
+that resume. Freed memory goes back to the system at once; by default, glibc keeps some of it. Before that,
+loading: the peak with the pages of the file, of which the kernel also maps some beside the rows that were
+read, and what is left without them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from common import Bench, setup
 
-from plainloop.trainer.tasks.footprint import Footprint
+from plainloop.trainer.tasks.footprint import RESERVE, Footprint
 
 TINY = "TINY" in os.environ  # smoke test: one round
 LAYERS = 2 if TINY else 30
@@ -30,6 +32,12 @@ LAYERS = 2 if TINY else 30
 def peak_gb() -> float:
     """Peak resident memory of this process, in 1e9 bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def private_gb() -> float:
+    """Resident memory of this process now, without pages of files, in 1e9 bytes."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024 / 1e9
 
 
 def make_model(folder: Path, tokenizer: str) -> None:
@@ -55,8 +63,10 @@ def estimate(bench: Bench, model_path: str) -> Footprint:
     return footprint.footprint(bench.task, bench.data, config, 256)
 
 
-def measure(cache: str, model_path: str, ranks: int) -> None:
-    """All ranks. Rank 0 prints, as JSON, the peak of its memory after each phase and the parameters."""
+def measure(cache: str, path: str, folder: Path, ranks: int) -> None:
+    """All ranks. Train the model of this path and save into a folder; or resume, if it has a checkpoint.
+    Rank 0 prints, as JSON, the peak of its memory after each phase.
+    """
     import torch
 
     from plainloop.trainer.checkpoint.host_copy import HostCopy
@@ -66,6 +76,7 @@ def measure(cache: str, model_path: str, ranks: int) -> None:
     from plainloop.trainer.hooks import warm_up
     from plainloop.trainer.loop import StepOptions, train_step
     from plainloop.trainer.run import new_state
+    from plainloop.trainer.run_folder.tensors import open_shards
     from plainloop.trainer.tasks import base as tasks
     from plainloop.trainer.tasks.model import load_model
 
@@ -75,17 +86,21 @@ def measure(cache: str, model_path: str, ranks: int) -> None:
     world, task = bench.world, bench.task
     steps = tasks.make_steps(task, bench.data, config, world, max_tokens=256)
     with process_group(world, timeout_s=600):
-        base, peaks = peak_gb(), {}
-        model = load_model(task, model_path, config, world, new_head=False, sharded=ranks > 1).train()
-        peaks["load"] = peak_gb() - base
+        base, before, peaks = peak_gb(), private_gb(), {}
+        model = load_model(task, path, config, world, new_head=False, sharded=ranks > 1).train()
         state = new_state(model, config, world)
+        if shards := open_shards(folder):
+            state.load_optimizer_tensors(shards.below("optimizer/"))
+            torch.distributed.barrier() if ranks > 1 else None
+            if world.is_main:
+                print(json.dumps({"resume": peak_gb() - base}), flush=True)
+            return
+        peaks |= {"load with pages": peak_gb() - base, "load": private_gb() - before}
         options = StepOptions(task.loss_sum, lambda _: 1e-5, world, 1, "fp32", 1.0)
         warm_up(state, steps.largest()[:1], options)
         for step in range(2):
             train_step(state, steps[step], options)
         peaks["step"] = peak_gb() - base
-        folder = Path(model_path) / f"out-{ranks}"
-        folder.mkdir(exist_ok=True)
         tensors = HostCopy()(shard_tensors(state, first=world.rank == 0))
         with ThreadPoolExecutor(1) as thread:
             written = thread.submit(write_shard, folder, tensors, world.rank, ranks)
@@ -95,15 +110,25 @@ def measure(cache: str, model_path: str, ranks: int) -> None:
         peaks["save"] = peak_gb() - base
         torch.distributed.barrier() if ranks > 1 else None
         if world.is_main:
-            parameters = sum(p.numel() for p in model.parameters())
-            print(json.dumps({"parameters": parameters, **peaks}), flush=True)
+            print(json.dumps(peaks), flush=True)
+
+
+def launch(root: str, path: Path, folder: Path, ranks: int) -> dict[str, float]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    line = [sys.executable, *launcher, __file__, "--child", root, str(path), str(folder), str(ranks)]
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    result = subprocess.run(line, capture_output=True, text=True, env=os.environ | settings)
+    if result.returncode:
+        raise SystemExit(result.stderr[-3000:])
+    lines = [text for text in result.stdout.splitlines() if text.startswith("{")]
+    return dict(json.loads(lines[-1]))
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         from plainloop.data.processes import exit_rank
 
-        measure(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        measure(sys.argv[2], sys.argv[3], Path(sys.argv[4]), int(sys.argv[5]))
         exit_rank()
     with tempfile.TemporaryDirectory() as root:
         bench = setup(root, limit=64)
@@ -111,25 +136,22 @@ def main() -> None:
         model.mkdir()
         make_model(model, bench.path)
         expected = estimate(bench, str(model))
-        for ranks in (1, 2) if TINY else (1, 2, 4):
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            line = [sys.executable, *launcher, __file__, "--child", root, str(model), str(ranks)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            result = subprocess.run(line, capture_output=True, text=True, env=environment)
-            if result.returncode:
-                raise SystemExit(result.stderr[-3000:])
-            found = json.loads([text for text in result.stdout.splitlines() if text.startswith("{")][-1])
-            parameters = found.pop("parameters")
-            step = expected.memory(256, shards=ranks) / 1e9
-            copy = (expected.weights + expected.moments) / ranks / 1e9
-            guess = {"step": step, "save": step + copy}
+        for ranks in (2,) if TINY else (1, 2, 4):
+            folder = Path(root) / f"step-{ranks}"
+            shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+            found = launch(root, model, folder, ranks) | launch(root, folder, folder, ranks)
+            shutil.rmtree(folder)
+            weights, moments = expected.weights / ranks / 1e9, expected.moments / ranks / 1e9
+            step = (expected.memory(256, shards=ranks) - RESERVE) / 1e9
+            # While the moments are read, pages of their file count too.
+            guess = {"step": step, "save": step + weights + moments, "resume": weights + 2 * moments}
+            guess |= {"load": weights} if ranks > 1 else {}
             shares = ", ".join(
                 f"{name} {value:.2f} GB"
                 + (f" (estimated {guess[name]:.2f}, {guess[name] / value - 1:+.0%})" if name in guess else "")
                 for name, value in found.items()
             )
-            print(f"{parameters / 1e6:.0f} M parameters, rank 0 of {ranks}: {shares}", flush=True)
-            shutil.rmtree(model / f"out-{ranks}")
+            print(f"{expected.parameters / 1e6:.0f} M parameters, rank 0 of {ranks}: {shares}", flush=True)
 
 
 if __name__ == "__main__":

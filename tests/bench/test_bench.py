@@ -20,7 +20,7 @@ LAST = {
     "hf_faults.py": r"exit \d",
     "tokenise.py": r"plainloop / datasets.map = \d",
     "report.py": r"ready: ",
-    "sharding.py": r"rank 0 of 2: load [\d.]+ GB",
+    "sharding.py": r"rank 0 of 2: .*resume [\d.]+ GB",
     "answers.py": r"ours auto / loop = \d",
     "paper.py": r"lora \| 8 \| [\d.]+ GB",
 }
