@@ -66,6 +66,9 @@ class Seq2SeqModel(nn.Module):
         logits: Tensor = output.logits[0]
         return logits
 
+    def gather(self) -> None:
+        """Does nothing by itself. To FSDP it is a forward pass, without the blocks."""
+
     def _pick(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """(B, T, D) -> (1, K, D); unchanged while generating."""
         if self._scored is None:
@@ -157,7 +160,11 @@ def _unsharded(model: Any) -> Iterator[None]:
     """Gather the parameters outside the blocks (embeddings, norms): `generate` does not call model.forward,
     which would. The blocks gather their own.
     """
-    model.unshard()
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if "gather" not in vars(model):
+        register_fsdp_forward_method(model, "gather")
+    model.gather()
     try:
         yield
     finally:

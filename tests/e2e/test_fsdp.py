@@ -66,6 +66,42 @@ def test_the_curve_and_the_answers_are_those_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("task", "ranks"), [("span", 2), ("text", 3)])
+def test_evaluate_and_predict_share_the_model(
+    task: str, ranks: int, request: Any, launch: Any, tmp_path: Path
+) -> None:
+    """With --parallel fsdp, the answers are those of one process, from shards of another number of ranks."""
+    if task == "span":
+        options, sizes = request.getfixturevalue("options"), {"tokens_per_device": 300}
+        file = options["data.train"]
+    else:
+        options, sizes = request.getfixturevalue("text_options"), {"tokens_per_device": 400}
+        file = str(request.getfixturevalue("text_files")[1])
+    launch(4 if task == "span" else 2, "train", options | FSDP | {"max_steps": 6})
+    model = {"model": options["run_dir"], "data": file, "precision": "fp32", **sizes}
+    for name, processes, more in (("one", 0, {}), ("many", ranks, {"parallel": "fsdp"})):
+        launch(processes, "evaluate", model | more | {"out_dir": tmp_path / name, "num_best": 20})
+        launch(processes, "predict", model | more | {"out": tmp_path / f"{name}.jsonl"})
+    one, many = (
+        {path.name: json.loads(path.read_text()) for path in (tmp_path / name).iterdir()}
+        for name in ("one", "many")
+    )
+    texts = "predictions.json" if task == "span" else "results.json"
+    if task == "text":
+        for scores in (one, many):
+            del scores[texts]["metrics"]
+    assert many[texts] == one[texts]
+    assert many["metrics.json"] == pytest.approx(one["metrics.json"], rel=1e-4)
+    expected, found = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("one", "many")
+    )
+    assert [line["answer"] for line in found] == [line["answer"] for line in expected]
+    score = "score" if task == "span" else "log_probability"
+    assert [line[score] for line in found] == pytest.approx([line[score] for line in expected], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_resume_gives_the_same_bits(
     ranks: int, options: Any, launch: Any, metrics: Any, tensors: Any, assert_same_bits: Any, tmp_path: Path

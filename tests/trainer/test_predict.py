@@ -257,6 +257,7 @@ def test_bad_input_is_one_line(
     for options, message in (
         ([], "give --question and --context"),
         (["--question", "Who?"], "belong together"),
+        (["--parallel", "fsdp", *data, *out], "parallel fsdp: needs several processes; start with torchrun"),
         (["--question", "", "--context", "Ada."], "the question is empty"),
         (["--question", "Who?", "--context", "  "], "the context is empty"),
         (["--question", "who " * 400, "--context", "Ada."], "the question has 400 tokens"),

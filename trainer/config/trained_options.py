@@ -76,6 +76,9 @@ class ScoreConfig:
     )
     num_best: int = option(20, "candidates per question in nbest_predictions.json; 0: no such file")
     tokens_per_device: int = option(8192, "padded tokens per batch")
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "under torchrun: each rank holds the whole model (ddp), or a share of it (fsdp)"
+    )
     rouge_bootstrap: bool = option(
         False, "CausalQA: report ROUGE-L as the median of 1,000 bootstrap resamples, as published"
     )
@@ -121,6 +124,9 @@ class PredictConfig:
     num_best: int = option(5, "candidates per question to list", minimum=1)
     text: ScoreTextConfig = field(default_factory=ScoreTextConfig)
     tokens_per_device: int = option(8192, "padded tokens per batch", minimum=1)
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "under torchrun: each rank holds the whole model (ddp), or a share of it (fsdp)"
+    )
     processes: int | None = option(
         None, "processes for tokenising; default: the cores this process may use", minimum=1
     )

@@ -157,6 +157,7 @@ def score_model(config: ScoreConfig) -> dict[str, float] | None:
             folder=Path(config.out_dir) if config.out_dir else None,
             bootstrap=config.rouge_bootstrap,
             temperature=fitted.temperature if fitted else None,
+            lockstep=config.parallel == "fsdp",
         )
         model = load_model(task, path, run, world)
         metrics = tasks.evaluate(task, model, data, settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plainloop.data.errors import InputError
-from plainloop.trainer.config.options import TextConfig, TrainConfig
+from plainloop.trainer.config.options import ParallelConfig, TextConfig, TrainConfig
 from plainloop.trainer.config.parse import from_dict
 from plainloop.trainer.config.trained_options import ScoreConfig, ScoreTextConfig
 from plainloop.trainer.run_folder.base_model import require_base
@@ -109,13 +109,16 @@ def is_onnx(path: str) -> bool:
 
 
 def load_model(task: Any, path: str, run: TrainConfig, world: Any) -> Any:
-    """The trained model on this rank's device. Raises InputError."""
+    """The trained model on this rank's device, whole or its share of it. Raises InputError."""
     from plainloop.models.onnx_spans import OnnxSpanModel
     from plainloop.trainer.tasks import model as loading
 
+    sharded = run.parallel.mode == "fsdp"
     if is_onnx(path):
+        if sharded:
+            raise InputError(f"--parallel fsdp: {path} is an ONNX model, which can't be shared out.")
         return OnnxSpanModel(path, world.device)
-    return loading.load_model(task, path, run, world, new_head=False)
+    return loading.load_model(task, path, run, world, new_head=False, sharded=sharded)
 
 
 def trained_with(path: str) -> dict[str, Any]:
@@ -169,6 +172,7 @@ def as_trained(path: str, config: ScoreConfig) -> tuple[TrainConfig, Calibration
         model=replace(
             base.model, path=own_path, compile=False, activation_checkpointing=False, attention=None,
         ),
+        parallel=ParallelConfig(mode=config.parallel),
         peft=replace(base.peft, base_dtype="fp32"),
         data=replace(
             base.data, train=None, dev=None, limit=None, cache_dir=config.cache_dir,

@@ -68,8 +68,9 @@ class Predictor:
         options = replace(run.evaluation, num_best=max(CANDIDATES, config.num_best))
         temperature = fitted.temperature if fitted else None
         self.settings = EvaluationSettings(
-            world, precision, config.tokens_per_device, options, temperature=temperature
-        )
+            world, precision, config.tokens_per_device, options, temperature=temperature,
+            lockstep=config.parallel == "fsdp",
+        )  # fmt: skip
         self.model = load_model(self.task, self.path, run, world).eval()
         self._causalqa = self.text and not config.text.format and trained_on_causalqa(self.path)
         self._answer: Any = answering.answer_texts if self.text else answering.answer_spans
@@ -199,8 +200,8 @@ def _chunked(examples: Iterable[Any]) -> Iterator[list[Any]]:
 def as_scoring(config: PredictConfig) -> ScoreConfig:
     """The options of evaluate that say the same, where they are not the default."""
     names = (
-        "base max_length stride max_answer_length null_threshold num_best text precision device tf32".split()
-    )
+        "base max_length stride max_answer_length null_threshold num_best text precision device tf32 parallel"
+    ).split()
     default = PredictConfig()
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
     return ScoreConfig(model=config.model, **given)
