@@ -1,5 +1,6 @@
 """Adapters on several ranks, whole and in shards."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def test_sharded_adapters_resume_with_the_same_bits_and_are_exported(
     rows = sum(part["weights/network.qa_outputs.weight"].shape[0] for part in (one, other))
     assert plain["base_model.model.qa_outputs.weight"].shape[0] == rows == 2
     assert all(name.startswith(("weights/", "optimizer/")) and "word_embeddings" not in name for name in one)
+    given = {"model": checkpoints / "step-00000004", "data": options["data.train"], "precision": "fp32"}
+    whole = launch(0, "evaluate", given).stdout
+    shared = launch(2, "evaluate", given | {"parallel": "fsdp"}).stdout
+    assert json.loads(shared[shared.index("{") :]) == pytest.approx(json.loads(whole), rel=1e-4)
     # The same run goes on with ddp.
     launch(
         0,
