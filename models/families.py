@@ -39,6 +39,13 @@ PADDED_POSITIONS = {
 RELATIVE_POSITIONS = {
     "bloom", "funnel", "longt5", "mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5", "xlnet",
 }  # fmt: skip
+# Some of their parameters take no part in answering a question: a pooler, another modality.
+UNUSED_PARAMETERS = {
+    "axk2", "encoder-decoder", "esm", "fnet", "luke", "marian", "markuplm", "modernvbert", "pegasus",
+    "qwen3_5", "qwen3_asr", "roformer", "squeezebert", "t5gemma2", "ultravbert", "xlnet",
+}  # fmt: skip
+# Each of their experts has parameters of its own, without a gradient on a rank that did not use it.
+SEPARATE_EXPERTS = {"switch_transformers"}
 # They look token_type_ids up among the words.
 NO_SEGMENTS = {"flaubert", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "xlm"}
 
@@ -62,8 +69,12 @@ def require_usable(config: Any, path: str) -> None:
 
 def prepare(config: Any) -> None:
     """Change a config before its model is loaded. BigBird's sparse attention depends on which batches came
-    before, and its blocks on the padding: full attention depends on neither.
+    before, and its blocks on the padding: full attention depends on neither. A layer that one rank drops and
+    another does not would have no common gradient, so none is dropped.
     """
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, name, 0.0):
+            setattr(config, name, 0.0)
     if config.model_type in ("big_bird", "bigbird_pegasus"):
         config.attention_type = "original_full"
 

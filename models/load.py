@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from plainloop.data.errors import InputError
-from plainloop.models.families import prepare, require_usable
+from plainloop.models.families import SEPARATE_EXPERTS, UNUSED_PARAMETERS, prepare, require_usable
 from plainloop.models.on_meta import build, promised_weights
 
 # Their feed-forward output exceeds 65,504, the largest fp16 number; under autocast nothing clamps it.
@@ -121,11 +121,16 @@ def load_network(
     wrong = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     new = sorted({*info["missing_keys"], *wrong})
     if lost := [key for key in new if not key.startswith(prefixes)]:
+        hint = "wrong folder?"
+        if weights is not None:
+            hint += " Or a family that can't be sharded, listed in docs/models.md: use --parallel ddp."
         raise InputError(
             f"model.path {path}: weights are missing or have the wrong shape ({', '.join(lost[:3])} ...);"
-            " wrong folder?"
+            f" {hint}"
         )
     network.new_parameters = new
+    network.unused_parameters = config.model_type in UNUSED_PARAMETERS
+    network.separate_experts = config.model_type in SEPARATE_EXPERTS
     return network
 
 

@@ -6,6 +6,7 @@ This way a network can be sharded before it has any weights, and no process need
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -70,8 +71,11 @@ def build(
         if key is None or weights.shape(key) != tuple(parameter.shape):
             new.append(name)
             _set(network, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
-        else:
-            parameter._is_hf_initialized = True
+            continue
+        if parameter.device.type != "meta":  # made by a constructor that does not know of devices, as XLNet's
+            parameter = nn.Parameter(torch.empty_like(parameter, device="meta"))
+            _set(network, name, parameter)
+        parameter._is_hf_initialized = True
     for name, buffer in list(network.named_buffers()):
         key = _key(network, name, weights)
         value = torch.empty_like(buffer, device="cpu") if key is None else weights.whole(key)
@@ -80,7 +84,8 @@ def build(
     for module in network.modules():  # else transformers takes it for done
         module._is_hf_initialized = False
     network.initialize_weights()
-    return network, new
+    computed = network._keys_to_ignore_on_load_missing or []  # from the config alone
+    return network, [name for name in new if not any(re.search(pattern, name) for pattern in computed)]
 
 
 @torch.no_grad()

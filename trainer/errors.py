@@ -10,6 +10,7 @@ from plainloop.data.errors import InputError
 USAGE, UNKNOWN, NUMERICAL, IO, INTERRUPTED = 2, 1, 70, 74, 130  # 70 and 74 as in sysexits.h
 
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "Gloo", "NCCL")
+UNUSED = "Expected to have finished reduction in the prior iteration"  # of DistributedDataParallel
 LOST_WORKER = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED")
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM)
@@ -50,6 +51,12 @@ def explain(error: BaseException) -> tuple[str, int]:
             f"rank {rank}: out of memory: lower --tokens_per_device (the loss curve stays the same) or set"
             " --model.activation_checkpointing true; in evaluation, lower --evaluation.tokens_per_device."
             f" ({text[:200]})",
+            USAGE,
+        )
+    if isinstance(error, RuntimeError) and UNUSED in text:
+        return (
+            "some parameters of the model got no gradient, so that DistributedDataParallel waited for them:"
+            " freeze them, or give the model the attribute unused_parameters = True.",
             USAGE,
         )
     if isinstance(error, RuntimeError) and any(mark in text for mark in LOST_WORKER):

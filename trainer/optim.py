@@ -30,7 +30,7 @@ class Adafactor(torch.optim.Optimizer):
     torch's version reads the norm of every weight and of every update on the host (two host syncs per
     parameter). Here norms and step counts stay on the device, and `found_inf` = 1 skips a step there. State,
     with torch's names: step, and row_var and col_var for matrices or variance for vectors. Of a sharded
-    parameter, row_var and variance are sharded with it.
+    parameter, they are sharded with it, except the step and the col_var of a matrix.
     """
 
     _step_supports_amp_scaling = True
@@ -89,8 +89,10 @@ def _new_state(parameter: Tensor) -> dict[str, Tensor]:
     state = {"step": torch.zeros((), device=parameter.device)}
     if parameter.ndim == 1:
         return state | {"variance": torch.zeros_like(gradient)}
-    held = _local(gradient)
-    columns = held.new_zeros((*held.shape[:-2], 1, held.shape[-1]))
+    if parameter.ndim == 2:  # sums over all rows, also those of other ranks
+        columns = _local(gradient).new_zeros((1, parameter.shape[1]))
+    else:
+        columns = torch.zeros_like(gradient[..., :1, :])
     return state | {"row_var": torch.zeros_like(gradient[..., :1]), "col_var": columns}
 
 

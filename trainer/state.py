@@ -104,8 +104,8 @@ class TrainState:
             if name not in parameters:
                 raise ValueError(f"{path}: the model has no such parameter")
             parameter, shape = parameters[name], tensors.shape(path)
-            # Moments are split as the parameter is, also those per row. Those per column are not.
-            if key == "col_var" or shape[:1] != parameter.shape[:1]:
+            # Moments are split as the parameter is, also those per row. Those per column of a matrix are not.
+            if (key == "col_var" and parameter.ndim == 2) or shape[:1] != parameter.shape[:1]:
                 states.setdefault(name, {})[key] = tensors.whole(path).to(parameter.device)
                 continue
             start = first_row(parameter)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import transformers
-from helpers.matrix import NOT_INVARIANT, NOT_TEXT
+from helpers.matrix import NOT_INVARIANT, NOT_SHARDED, NOT_TEXT
 
 PAGE = """\
 # Models
@@ -25,6 +26,11 @@ checkpoint ended with the same bits; and the class in the table loaded the check
 - Without a CLS token, the score of "no answer" is read at the first token. In a decoder-only model the first
   token sees nothing of the question, so that this score can't depend on it.
 - BigBird and BigBird-Pegasus use full attention: which sparse blocks they use depends on the batches before.
+- Switch Transformers train in one process only: an expert has no gradient on the ranks that did not use it.
+- No layer is dropped at random (`layerdrop` in a config is set to 0): the ranks would drop different ones.
+- `--parallel fsdp` reads the weights as they are in the files. It refuses the families whose weights
+  transformers renames or joins while loading:
+  {not_sharded}
 - `--model.attention eager` or `flash_attention_2` chooses another implementation of attention, where the
   family has one.
 
@@ -60,4 +66,6 @@ def page(results: dict[tuple[str, bool], dict[str, Any]]) -> str:
         limit = limit or f"{64 - found['limit']} less than its config says"
         padding = NOT_INVARIANT.get(kind, "no effect")
         rows["text" if text else "span"].append(f"| {kind} | {found['class']} | {limit} | {padding} |")
-    return PAGE.format(version=transformers.__version__, **{name: "\n".join(r) for name, r in rows.items()})
+    parts = {name: "\n".join(lines) for name, lines in rows.items()}
+    listed = "\n  ".join(textwrap.wrap(", ".join(sorted(NOT_SHARDED)) + ".", 100))
+    return PAGE.format(version=transformers.__version__, not_sharded=listed, **parts)

@@ -1,6 +1,6 @@
 """How a model is spread over the ranks: whole on each of them (DDP), or in shards (FSDP2).
 
-The loop calls a Parallel and knows neither. All that differs between the two is in this file.
+The loop calls a Parallel and knows neither.
 """
 
 from __future__ import annotations
@@ -47,15 +47,20 @@ class Parallel:
 
 
 class Replicated(Parallel):
-    """DistributedDataParallel: every rank holds the model, gradients are all-reduced once per step."""
+    """DistributedDataParallel: every rank holds the model, gradients are all-reduced once per step.
+
+    If the model, or its network, has the attribute unused_parameters = True, DDP looks at each pass for the
+    parameters that took no part in it. Otherwise it would wait for their gradients.
+    """
 
     def __init__(self, module: nn.Module, world: World) -> None:
         ids = [world.device.index] if world.device.type == "cuda" else None
         # No buffer of these networks changes, so none is broadcast. torch 2.13 renamed the option.
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        no_buffers: dict[str, Any] = {name: False}
-        self.ddp = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **no_buffers)
+        options: dict[str, Any] = {name: False}
+        options["find_unused_parameters"] = getattr(_network(module), "unused_parameters", False)
+        self.ddp = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **options)
         super().__init__(self.ddp)
 
     def syncing(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -95,8 +100,13 @@ def parallelise(
 ) -> Parallel:
     """All ranks. Spread a model over the ranks, unless `shard` has done so. compile_module: compiles a
     module in place. It gets the whole model or, if that is sharded, each block, since each gathers its
-    weights by itself.
+    weights by itself. Raises InputError.
     """
+    if world.size > 1 and getattr(_network(module), "separate_experts", False):
+        raise InputError(
+            "model.path: a model whose experts are separate layers, such as Switch Transformers, can only be"
+            " trained by one process: an expert has no gradient on the ranks that did not use it."
+        )
     shards = getattr(module, "plainloop_shards", 0)
     if compile_module:
         for part in (blocks(module) if shards else []) or [module]:
@@ -141,11 +151,19 @@ def shard(model: nn.Module, world: World, *, shard_size: int | None, gather_dtyp
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer: the elements of its outermost lists of modules."""
+    """The layers of a transformer: the elements of its outermost lists of modules, or of lists in them."""
     found: list[nn.Module] = []
     for child in model.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else blocks(child)
+        if isinstance(child, nn.ModuleList) and not any(isinstance(e, nn.ModuleList) for e in child):
+            found += list(child)
+        else:
+            found += blocks(child)
     return found
+
+
+def _network(module: nn.Module) -> nn.Module:
+    """The network inside one of our models, or a model of the user's."""
+    return getattr(module, "network", module)
 
 
 def local(tensor: Tensor) -> Tensor:
