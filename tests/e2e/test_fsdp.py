@@ -15,6 +15,7 @@ from plainloop.trainer.checkpoint.folder import verify
 from plainloop.trainer.checkpoint.retention import drop_optimizer
 from plainloop.trainer.checkpoint.sharded import write_shard
 from plainloop.trainer.cli import main
+from plainloop.trainer.run_folder.tensors import open_shards
 
 FSDP = {"parallel.mode": "fsdp"}
 STILL = {"model.dropout": 0, "model.attention_dropout": 0}
@@ -174,6 +175,10 @@ def test_damaged_shards_and_plain_weights(
         split = [part[f"weights/network.{name}"] for part in parts]
         assert torch.equal(torch.cat(split), weight), name
     drop_optimizer(folders[0])  # which would be its only weights
+    part = tmp_path / "interrupted"  # as if that had been interrupted in a checkpoint that has other weights
+    shutil.copytree(folders[2], part)
+    (part / SHARDS[0]).unlink()
+    assert open_shards(part) is None and open_shards(folders[2]) is not None
     assert verify(folders[0]) is None and {p.name for p in folders[0].iterdir()} >= set(SHARDS)
     # A checkpoint that has only shards can be used and exported.
     data = ["--data", options["data.train"]]
@@ -267,6 +272,7 @@ def test_the_optimizer_of_the_best_can_be_dropped(options: Any, launch: Any) -> 
         ({"parallel.shard_size": 2}, "parallel.shard_size has no effect with parallel ddp"),
         ({**FSDP, "parallel.shard_size": 1}, "parallel.shard_size is 1, but must be at least 2"),
         ({**FSDP, "optim.name": "adamw8bit"}, "adamw8bit works on whole tensors"),
+        ({**FSDP, "parallel.gather_dtype": "bf16"}, "parallel.gather_dtype bf16 needs precision bf16"),
         ({"parallel": "zero"}, "parallel.mode"),
     ],
 )

@@ -209,6 +209,20 @@ def test_memory_and_time(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: 
         big.memory()
 
 
+def test_a_model_that_only_fits_in_shards(doctor: Any, monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    from plainloop.trainer.commands import memory
+
+    def too_large(*arguments: Any) -> None:
+        raise InputError("not even the weights fit into memory")
+
+    monkeypatch.setattr(memory, "_measure", too_large)
+    for mode, expected in (("ddp", InputError), ("fsdp", CheckWarning)):
+        found = doctor(parallel=mode, **{"data.dev": options["data.train"]})
+        found.device(), found.model(), found.training_data()
+        with pytest.raises(expected, match="not even the weights fit"):
+            found.memory()
+
+
 @pytest.mark.slow
 def test_memory_estimate_is_close_to_the_measured_peak(
     minilm: str, real_data: Path, tmp_path: Path, options: Any

@@ -34,6 +34,16 @@ def test_all_guarantees_hold(doctor: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_sharded_run(doctor: Any, options: dict[str, Any]) -> None:
+    """On one rank it is not sharded."""
+    result = doctor(options | {"data.dev": options["data.train"], "parallel": "fsdp"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("stopped at step 1 and resumed: bitwise identical after step 3") == 2
+    assert "ok    gradients on 1 and 2 ranks: relative difference" in result.stdout
+    assert "that is for ddp" in result.stdout
+
+
+@pytest.mark.slow
 def test_the_text_task(doctor: Any, text_options: dict[str, Any]) -> None:
     dev = {"data.dev": text_options["data.train"], "evaluation.best_metric": "f1"}
     result = doctor(text_options | dev)

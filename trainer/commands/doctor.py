@@ -18,7 +18,7 @@ import torch
 from plainloop.data.samplers import total_lengths
 from plainloop.models.load import OVERFLOWS_IN_FP16, load_config, overflows_in_fp16
 from plainloop.trainer.checkpoint.folder import checkpoint_bytes
-from plainloop.trainer.commands.memory import SAMPLE, Pass, estimate, measure, memory_of
+from plainloop.trainer.commands.memory import OF_DDP, SAMPLE, Pass, estimate, measure, memory_of
 from plainloop.trainer.commands.probe import (
     TwoRanks,
     nearest_existing,
@@ -174,7 +174,8 @@ class Doctor:
         there = sum(f.stat().st_size for f in place.glob("checkpoints/*/*") if f.is_file())
         free = shutil.disk_usage(place).free + (there if place == Path(self.config.run_dir) else 0)
         text = f"{keep} checkpoints of {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB free in {place}"
-        if needed * keep > free:
+        plain = 2 * 4 * self.trained if self.config.parallel.mode == "fsdp" else 0  # of the best and the last
+        if needed * keep + plain > free:
             raise InputError(f"{text}: lower --checkpoint.keep_last, or choose another --run_dir.")
         return f"{text} (your quota may be lower: see your cluster's quota command)"
 
@@ -218,12 +219,10 @@ class Doctor:
         self.measured = measure(task, rows, config, world, tokens)
         needed = self.measured.memory(wanted, config.optim.name)
         fits = self.measured.fitting(int(0.9 * memory), config.optim.name)
-        text = (
-            f"a rank needs about {needed / 1e9:.1f} GB with micro-batches of {wanted} tokens;"
-            f" {where}: {memory / 1e9:.1f} GB"
-        )
+        text = f"a rank needs about {needed / 1e9:.1f} GB with micro-batches of {wanted} tokens;"
+        text += f" {where}: {memory / 1e9:.1f} GB"
         if config.parallel.mode == "fsdp":
-            return f"{text}; that is for ddp: for fsdp, give --gpus and --gpu_gb"
+            return f"{text}; {OF_DDP}"
         if needed > memory:
             remedy = f"--tokens_per_device {fits} fits" if fits else "not even 256 tokens fit"
             raise InputError(f"{text}; {remedy}; --model.activation_checkpointing true needs less.")

@@ -20,7 +20,7 @@ from plainloop.trainer.config.command_options import DoctorConfig
 from plainloop.trainer.config.options import MOMENTS, PeftConfig, TrainConfig
 from plainloop.trainer.config.validate import validate
 from plainloop.trainer.distributed.world import World
-from plainloop.trainer.errors import InputError, is_out_of_memory
+from plainloop.trainer.errors import CheckWarning, InputError, is_out_of_memory
 from plainloop.trainer.loop import StepOptions, add_gradients
 from plainloop.trainer.run import new_state
 from plainloop.trainer.state import TrainState
@@ -30,6 +30,7 @@ from plainloop.trainer.tasks.find import find_task
 from plainloop.trainer.tasks.footprint import RESERVE, Footprint, footprint, made_up_data
 from plainloop.trainer.tasks.model import load_model
 
+OF_DDP = "that is for ddp: for fsdp, give --gpus and --gpu_gb"
 SAMPLE = 256  # training examples to tokenise for a check
 BACKWARD = 1.25  # factor for activation gradients and workspaces on top of saved activations
 
@@ -80,10 +81,19 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def measure(task: Task, data: Dataset, config: TrainConfig, world: World, max_tokens: int) -> Pass:
-    """Load the model and measure its largest micro-batch; if that does not fit, a smaller one.
+    """Load the whole model and measure its largest micro-batch; if that does not fit, a smaller one.
 
-    Raises InputError if nothing fits.
+    Raises InputError if nothing fits; CheckWarning if the run would shard the model.
     """
+    try:
+        return _measure(task, data, config, world, max_tokens)
+    except InputError as error:
+        if config.parallel.mode == "fsdp":
+            raise CheckWarning(f"not measured: {error}; {OF_DDP}") from None
+        raise
+
+
+def _measure(task: Task, data: Dataset, config: TrainConfig, world: World, max_tokens: int) -> Pass:
     config = replace(config, model=replace(config.model, compile=False))
     try:
         model = load_model(task, config.model.path, config, world, new_head=True)

@@ -17,8 +17,9 @@ import torch
 
 from plainloop.models.load import load_config
 from plainloop.trainer.commands.prove_runs import Launcher
-from plainloop.trainer.config.options import TrainConfig
+from plainloop.trainer.config.options import ParallelConfig, TrainConfig
 from plainloop.trainer.precision import cpu_features
+from plainloop.trainer.run_folder.tensors import open_shards
 from plainloop.trainer.tasks.find import TASKS, find_task
 
 STEPS, STOP_AT = 3, 1
@@ -78,12 +79,12 @@ class Prover:
         """Check that a stopped and resumed run is bitwise identical to an uninterrupted one."""
         name, folder = f"resume on {ranks} rank(s)", f"{ranks}-ranks"
         for run, stop_at in (("whole", None), ("halves", STOP_AT), ("halves", None)):
-            if fault := launcher.train(self._config(f"{folder}-{run}", stop_at_step=stop_at), ranks):
+            if fault := launcher.train(self._config(f"{folder}-{run}", ranks, stop_at_step=stop_at), ranks):
                 return "FAIL", name, fault
         different = self._compare(f"{folder}-whole", f"{folder}-halves")
         if not different:
             return "ok", name, f"stopped at step {STOP_AT} and resumed: bitwise identical after step {STEPS}"
-        if fault := launcher.train(self._config(f"{folder}-again"), ranks):
+        if fault := launcher.train(self._config(f"{folder}-again", ranks), ranks):
             return "FAIL", name, fault
         alike = not self._compare(f"{folder}-whole", f"{folder}-again")
         message = f"not bitwise identical: {different}"
@@ -112,8 +113,9 @@ class Prover:
             )
         for ranks in (1, self.ranks):
             config = self._config(
-                f"{ranks}-gradient", max_steps=1, model=model, optim=optim, precision="fp32", tf32=False
-            )
+                f"{ranks}-gradient", ranks, max_steps=1, model=model, optim=optim, precision="fp32",
+                tf32=False,
+            )  # fmt: skip
             if fault := launcher.train(config, ranks):
                 return "WARN", name, f"not compared, dropout can't be switched off: {fault}"
         one, several = (
@@ -146,6 +148,7 @@ class Prover:
             model = dataclasses.replace(self.config.model, compile=compiled)
             config = self._config(
                 "speed",
+                1,
                 precision=precision,
                 tokens_per_device=size,
                 model=model,
@@ -167,13 +170,20 @@ class Prover:
         advice += f" --model.compile {'true' if more else 'false'}"
         return "ok", "speed", f"{shown}. Fastest: {advice}" + (f" ({gain:+.0%})" if best != first else "")
 
-    def _config(self, folder: str, **changes: Any) -> TrainConfig:
-        return dataclasses.replace(self.config, run_dir=str(self.scratch / folder), **changes)
+    def _config(self, folder: str, ranks: int, **changes: Any) -> TrainConfig:
+        """One rank holds the whole model."""
+        parallel = self.config.parallel if ranks > 1 else ParallelConfig()
+        if changes.get("precision", "bf16") != "bf16":
+            parallel = dataclasses.replace(parallel, gather_dtype="fp32")
+        folder = str(self.scratch / folder)
+        return dataclasses.replace(self.config, run_dir=folder, parallel=parallel, **changes)
 
     def _tensors(self, folder: str, step: int) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         path = self.scratch / folder / f"checkpoints/step-{step:08d}"
+        if shards := open_shards(path):
+            return {name.removeprefix("optimizer/"): shards.whole(name) for name in shards.places}
         found: dict[str, torch.Tensor] = load_file(path / "optimizer.safetensors")
         for file in path.glob("*model*.safetensors"):  # or adapter_model.safetensors
             found |= load_file(file)

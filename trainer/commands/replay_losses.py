@@ -143,7 +143,7 @@ def one_step(
     batches = [steps[step] for steps in of_rank]
     for rank, batch in enumerate(batches):
         for i, micro_batch in enumerate(batch.micro_batches):
-            if keep and shares[rank]:
+            if keep and i < len(shares[rank]):  # else an empty pass of a sharded run
                 keep.expect(shares[rank][i], micro_batch)
             torch.manual_seed(dropout_seed(options.seed, step, rank, i))
             loss = add_gradients(state, micro_batch, 1 / batch.num_targets, options)

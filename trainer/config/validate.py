@@ -47,6 +47,8 @@ def validate(config: TrainConfig, *, uses: Collection[str], metric_names: Collec
         faults.append("optim.name adamw8bit needs bitsandbytes: pip install 'plainloop[8bit]'")
     if config.parallel.mode == "ddp":
         faults += _without_effect(config, ["parallel.shard_size", "parallel.gather_dtype"], "parallel ddp")
+    elif config.parallel.gather_dtype == "bf16" and config.precision not in ("auto", "bf16"):
+        faults.append("parallel.gather_dtype bf16 needs precision bf16")
     elif config.optim.name == "adamw8bit":
         faults.append("optim.name adamw8bit works on whole tensors, which parallel fsdp does not have")
     if config.peft.rank == 0:

@@ -82,9 +82,12 @@ class Tensors:
 
 
 def open_shards(folder: Path) -> Tensors | None:
-    """The tensors in the shards of a checkpoint; None if it has no shards."""
-    names = complete_set(path.name for path in folder.glob("shard-*.safetensors"))
-    return open_tensors([folder / name for name in sorted(names)]) if names else None
+    """The tensors in the shards of a checkpoint; None if it has no shards, or not all: those of the best may
+    have been dropped, and that interrupted.
+    """
+    there = {path.name for path in folder.glob("shard-*.safetensors")}
+    names = complete_set(there)
+    return open_tensors([folder / name for name in sorted(names)]) if names and names <= there else None
 
 
 def pretrained_folder(path: str) -> Path:

@@ -60,6 +60,10 @@ def load_model(
     else:
         share_position_bias(model.network)
     if sharded:
+        if config.parallel.gather_dtype == "bf16" and config.precision != "bf16":
+            raise InputError(
+                f"parallel.gather_dtype bf16 needs precision bf16, which is {config.precision} here."
+            )
         if config.model.activation_checkpointing:
             mask_in_each_layer(model.network)
         size, dtype = config.parallel.shard_size, config.parallel.gather_dtype
