@@ -97,7 +97,9 @@ class SaveShards(SaveCheckpoint):
         sizes = all_ranks(torch.tensor([sum(t.nbytes for t in tensors.values())]))
         best = best_step(record["evaluations"], self.metric) == state.step
         plain = best or state.step == self.progress.total_steps or state.stop is not None
-        size = int(sizes.sum()) + plain * sum(4 * t.numel() for t in state.weights().values()) + (4 << 20)
+        kept = state.weights().keys()
+        weights = sum(4 * p.numel() for name, p in state.model.named_parameters() if name in kept)
+        size = int(sizes.sum()) + plain * weights + (4 << 20)
         part = Part(state.step, 0.0, Future(), record, tensors, size, plain, began=started)
         self._write_part(part)
         part.stalled_s = time.perf_counter() - started

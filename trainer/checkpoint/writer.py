@@ -125,7 +125,8 @@ class SaveCheckpoint:
         weights, optimizer = state.weights(), state.optimizer_tensors()
         if self.config.async_:
             weights, optimizer = self._copies[0](weights), self._copies[1](optimizer)
-        size = sum(t.nbytes for t in [*weights.values(), *optimizer.values()]) + (4 << 20)
+        stored = {(t.data_ptr(), t.nbytes) for t in (*weights.values(), *optimizer.values())}  # tied: once
+        size = sum(nbytes for _, nbytes in stored) + (4 << 20)
         result = self._thread.submit(self._write, weights, optimizer, record, size)
         self.in_progress = Save(state.step, time.perf_counter() - started, result)
         if not self.config.async_:
