@@ -158,7 +158,10 @@ def checkpoint_activations(network: Any) -> None:
     """Recompute activations in backward. transformers 5.2x renamed the method."""
     name = "activation_checkpointing_enable"
     enable = getattr(network, name, None) or network.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(f"model.activation_checkpointing true: {error}") from None
 
 
 def is_local(path: str) -> bool:

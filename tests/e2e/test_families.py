@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.matrix import Case
 
+from plainloop.trainer.cli import main
 from plainloop.trainer.distributed.parallel import blocks, parallelise
 from plainloop.trainer.distributed.world import World
 from plainloop.trainer.errors import InputError, explain
@@ -76,6 +77,20 @@ def test_layers_in_nested_lists(tmp_path: Path) -> None:
     case.write()
     found = blocks(case.loaded()[2])
     assert len(found) > 2 and not any(isinstance(block, torch.nn.ModuleList) for block in found)
+
+
+def test_a_family_that_cannot_recompute_or_be_estimated_is_one_line(tmp_path: Path, capfd: Any) -> None:
+    for kind, given, message in (
+        ("xlnet", ["--model.activation_checkpointing", "true"], "does not support activation checkpointing."),
+        ("mixtral", [], "can't be estimated: Expected inputs of BF16 type"),
+    ):
+        case = Case(kind, False, tmp_path / kind)
+        case.write()
+        capfd.readouterr()
+        line = ["--model.path", case.path, "--data.max_length", "48", "--data.stride", "8", "--gpu_gb", "10"]
+        assert main(["doctor", *line, "--precision", "bf16", *given]) == 2
+        said = capfd.readouterr().err
+        assert message in said and said.count("\n") == 1
 
 
 def test_separate_experts_and_unused_parameters_are_explained(tmp_path: Path) -> None:

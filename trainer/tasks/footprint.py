@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -81,6 +82,7 @@ def footprint(task: Task, data: Dataset, config: TrainConfig, max_tokens: int) -
     outside = whole[0] - sum(size[0] for size in sizes), whole[1] - sum(size[1] for size in sizes)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batches = [largest(task, data, config, factor * max_tokens) for factor in (1, 2)]
+    logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)  # it repeats errors at length
     with FakeTensorMode(allow_non_fake_inputs=True), attention_of_gpus():
         _materialise(model)
         try:
@@ -88,7 +90,7 @@ def footprint(task: Task, data: Dataset, config: TrainConfig, max_tokens: int) -
                 _pass(task, model, batch, config) for batch in batches
             )
         except RuntimeError as error:  # the network or the loss looks at a value, which is not there
-            reason = str(error).strip().partition("\n")[0][:200]
+            reason = str(error).strip().partition("\n")[0][:200].rstrip(".")
             raise InputError(f"model.path {config.model.path}: can't be estimated: {reason}.") from None
     per_token = (with_more - passing) / (more - tokens) if more > tokens else passing / tokens
     return Footprint(
