@@ -41,8 +41,8 @@ RELATIVE_POSITIONS = {
 }  # fmt: skip
 # Some of their parameters take no part in answering a question: a pooler, another modality.
 UNUSED_PARAMETERS = {
-    "axk2", "encoder-decoder", "esm", "fnet", "luke", "marian", "markuplm", "modernvbert", "pegasus",
-    "qwen3_5", "qwen3_asr", "roformer", "squeezebert", "t5gemma2", "ultravbert", "xlnet",
+    "axk2", "encoder-decoder", "esm", "flaubert", "fnet", "luke", "marian", "markuplm", "modernvbert",
+    "pegasus", "qwen3_5", "qwen3_asr", "roformer", "squeezebert", "t5gemma2", "ultravbert", "xlm", "xlnet",
 }  # fmt: skip
 # Each of their experts has parameters of its own, without a gradient on a rank that did not use it.
 SEPARATE_EXPERTS = {"switch_transformers"}
@@ -67,14 +67,25 @@ def require_usable(config: Any, path: str) -> None:
         )
 
 
+def set_everywhere(config: Any, key: str, value: Any) -> bool:
+    """Set a value of a config and of the configs inside it that have it. Return whether any has it."""
+    from transformers import PreTrainedConfig
+
+    inside = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    found = any([set_everywhere(part, key, value) for part in inside])
+    if hasattr(config, key):
+        setattr(config, key, value)
+        return True
+    return found
+
+
 def prepare(config: Any) -> None:
     """Change a config before its model is loaded. BigBird's sparse attention depends on which batches came
     before, and its blocks on the padding: full attention depends on neither. A layer that one rank drops and
     another does not would have no common gradient, so none is dropped.
     """
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
-        if getattr(config, name, 0.0):
-            setattr(config, name, 0.0)
+        set_everywhere(config, name, 0.0)
     if config.model_type in ("big_bird", "bigbird_pegasus"):
         config.attention_type = "original_full"
 

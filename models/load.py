@@ -11,7 +11,13 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from plainloop.data.errors import InputError
-from plainloop.models.families import SEPARATE_EXPERTS, UNUSED_PARAMETERS, prepare, require_usable
+from plainloop.models.families import (
+    SEPARATE_EXPERTS,
+    UNUSED_PARAMETERS,
+    prepare,
+    require_usable,
+    set_everywhere,
+)
 from plainloop.models.on_meta import build, promised_weights
 
 # Their feed-forward output exceeds 65,504, the largest fp16 number; under autocast nothing clamps it.
@@ -49,23 +55,11 @@ def load_config(path: str, **overrides: Any) -> Any:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(_cannot_load("model", path, error)) from None
     for key, value in overrides.items():
-        if not _set(config, key, value):
+        if not set_everywhere(config, key, value):
             raise InputError(
                 f"model.path {path}: {config.model_type} models have no '{key}'; remove that option."
             )
     return config
-
-
-def _set(config: Any, key: str, value: Any) -> bool:
-    """Set a value of a config and of the configs inside it that have it. Return whether any has it."""
-    from transformers import PreTrainedConfig
-
-    inside = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
-    found = any([_set(part, key, value) for part in inside])
-    if hasattr(config, key):
-        setattr(config, key, value)
-        return True
-    return found
 
 
 def load_network(

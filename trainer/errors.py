@@ -55,8 +55,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         )
     if isinstance(error, RuntimeError) and UNUSED in text:
         return (
-            "some parameters of the model got no gradient, so that DistributedDataParallel waited for them:"
-            " freeze them, or give the model the attribute unused_parameters = True.",
+            "some parameters of the model got no gradient, so that DistributedDataParallel waited for them."
+            " If they are never used, freeze them, or give the model the attribute unused_parameters = True.",
             USAGE,
         )
     if isinstance(error, RuntimeError) and any(mark in text for mark in LOST_WORKER):

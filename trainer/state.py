@@ -105,9 +105,12 @@ class TrainState:
                 raise ValueError(f"{path}: the model has no such parameter")
             parameter, shape = parameters[name], tensors.shape(path)
             # Moments are split as the parameter is, also those per row. Those per column of a matrix are not.
-            if (key == "col_var" and parameter.ndim == 2) or shape[:1] != parameter.shape[:1]:
+            whole = parameter.ndim == 2 if key == "col_var" else shape[:1] != parameter.shape[:1]
+            if whole:
                 states.setdefault(name, {})[key] = tensors.whole(path).to(parameter.device)
                 continue
+            if shape[0] != parameter.shape[0]:
+                raise ValueError(f"{path}: of one rank only, written by an earlier version; start again")
             start = first_row(parameter)
             rows = tensors.rows(path, start, start + len(local(parameter)))
             states.setdefault(name, {})[key] = like(parameter, rows.to(parameter.device))

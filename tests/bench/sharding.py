@@ -4,8 +4,8 @@ usage: python tests/bench/sharding.py
 Peak resident memory above that of the imports, beside plainloop's estimate from the config alone (without
 what it adds for CUDA): after two steps, after a save during which training goes on, and in new processes
 that resume. Freed memory goes back to the system at once; by default, glibc keeps some of it. Before that,
-loading: the peak with the pages of the file, of which the kernel also maps some beside the rows that were
-read, and what is left without them.
+loading: the peak including pages of the file, of which the kernel maps some beyond the rows that are read,
+and what is left without them.
 """
 
 from __future__ import annotations

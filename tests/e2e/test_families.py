@@ -3,6 +3,8 @@ dimensions, nested lists of layers, experts that are separate layers.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from helpers.matrix import Case
 from plainloop.trainer.cli import main
 from plainloop.trainer.distributed.parallel import blocks, parallelise
 from plainloop.trainer.distributed.world import World
-from plainloop.trainer.errors import InputError, explain
+from plainloop.trainer.errors import InputError
 
 ADAFACTOR = {"parallel.mode": "fsdp", "optim.name": "adafactor"}
 
@@ -93,13 +95,55 @@ def test_a_family_that_cannot_recompute_or_be_estimated_is_one_line(tmp_path: Pa
         assert message in said and said.count("\n") == 1
 
 
-def test_separate_experts_and_unused_parameters_are_explained(tmp_path: Path) -> None:
+def test_separate_experts_are_for_one_process(tmp_path: Path) -> None:
     case = Case("switch_transformers", True, tmp_path / "case")
     case.write()
     model = case.loaded()[2]
     with pytest.raises(InputError, match="can only be trained by one process"):
         parallelise(model, World(0, 2, 0, torch.device("cpu")))
     parallelise(model, World(0, 1, 0, torch.device("cpu")))
-    error = RuntimeError("Expected to have finished reduction in the prior iteration before starting a new")
-    message, code = explain(error)
-    assert "unused_parameters = True" in message and code == 2
+
+
+OWN_MODEL = """
+import sys
+import torch
+from plainloop.trainer.distributed.parallel import parallelise
+from plainloop.trainer.distributed.world import process_group, world_from_env
+from plainloop.trainer.errors import explain
+
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network, self.never = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.network(x)
+
+
+world = world_from_env("cpu")
+with process_group(world, timeout_s=60):
+    model = Own()
+    model.unused_parameters = sys.argv[1] == "named"
+    module = parallelise(model, world).module
+    try:
+        for _ in range(2):
+            module(torch.ones(1, 2)).sum().backward()
+        print("trained", model.never.weight.grad)
+    except RuntimeError as error:
+        print(*explain(error))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_the_user_with_unused_parameters(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_MODEL)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for given, expected in (
+        ("unnamed", "If they are never used, freeze them, or give the model the attribute unused_parameters"),
+        ("named", "trained None"),
+    ):
+        result = subprocess.run(
+            [*line, str(tmp_path / "own.py"), given], capture_output=True, text=True, timeout=120
+        )
+        assert result.stdout.count(expected) == 2, result.stdout + result.stderr

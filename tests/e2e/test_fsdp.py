@@ -15,7 +15,6 @@ from plainloop.trainer.checkpoint.folder import verify
 from plainloop.trainer.checkpoint.retention import drop_optimizer
 from plainloop.trainer.checkpoint.sharded import write_shard
 from plainloop.trainer.cli import main
-from plainloop.trainer.run_folder.tensors import open_shards
 
 FSDP = {"parallel.mode": "fsdp"}
 STILL = {"model.dropout": 0, "model.attention_dropout": 0}
@@ -175,10 +174,15 @@ def test_damaged_shards_and_plain_weights(
         split = [part[f"weights/network.{name}"] for part in parts]
         assert torch.equal(torch.cat(split), weight), name
     drop_optimizer(folders[0])  # which would be its only weights
-    part = tmp_path / "interrupted"  # as if that had been interrupted in a checkpoint that has other weights
+    # If that is interrupted where there are other weights, the checkpoint is still good.
+    part = tmp_path / "interrupted"
     shutil.copytree(folders[2], part)
+    manifest = json.loads((part / "manifest.json").read_text()) | dict.fromkeys(SHARDS)
+    (part / "manifest.json").write_text(json.dumps(manifest))
     (part / SHARDS[0]).unlink()
-    assert open_shards(part) is None and open_shards(folders[2]) is not None
+    assert verify(part) is None
+    assert main(["evaluate", "--model", str(part), "--data", options["data.train"]]) == 0
+    capsys.readouterr()
     assert verify(folders[0]) is None and {p.name for p in folders[0].iterdir()} >= set(SHARDS)
     # A checkpoint that has only shards can be used and exported.
     data = ["--data", options["data.train"]]
@@ -193,6 +197,8 @@ def test_damaged_shards_and_plain_weights(
     content[-5] ^= 16
     (folders[2] / SHARDS[1]).write_bytes(content)
     (folders[1] / SHARDS[0]).unlink()
+    assert main(["export", str(folders[1]), "--out", str(tmp_path / "incomplete")]) == 2
+    assert f"{SHARDS[0]}" in capsys.readouterr().err
     result = launch(2, "train", options | FSDP | keep)
     said = result.stdout + result.stderr
     assert f"{SHARDS[1]} has a different SHA-256" in said and f"{SHARDS[0]} is missing" in said

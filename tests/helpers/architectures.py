@@ -33,7 +33,7 @@ LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 2, "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
 GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": 36}
-XLM: dict[str, Any] = {"emb_dim": 32, "n_layers": 2, "n_heads": 2}
+XLM: dict[str, Any] = {"emb_dim": 32, "n_layers": 2, "n_heads": 2, "n_langs": 2, "use_lang_emb": True}
 NARROW: dict[str, Any] = {"embedding_size": 16}
 SPARSE: dict[str, Any] = {"block_size": 4, "num_random_blocks": 1}
 FEW_KEYS: dict[str, Any] = {"num_key_value_heads": 2}

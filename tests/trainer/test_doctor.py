@@ -213,7 +213,7 @@ def test_a_model_that_only_fits_in_shards(doctor: Any, monkeypatch: pytest.Monke
     from plainloop.trainer.commands import memory
 
     def too_large(*arguments: Any) -> None:
-        raise InputError("not even the weights fit into memory")
+        raise memory.TooLarge("not even the weights fit into memory")
 
     monkeypatch.setattr(memory, "_measure", too_large)
     for mode, expected in (("ddp", InputError), ("fsdp", CheckWarning)):

@@ -124,7 +124,7 @@ def test_onnx_gives_the_same_answers(
     assert main(["evaluate", "--model", str(out), *data, "--precision", "bf16"]) == 2
     assert "is an ONNX model, which runs in fp32" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(out), *data, "--parallel", "fsdp"]) == 2
-    assert "is an ONNX model, which can't be shared out" in capsys.readouterr().err
+    assert "is an ONNX model, which can't be sharded" in capsys.readouterr().err
     content = bytearray((out / "model.onnx.data").read_bytes())
     content[len(content) // 2] ^= 1
     (out / "model.onnx.data").write_bytes(content)

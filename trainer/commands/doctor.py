@@ -173,8 +173,9 @@ class Doctor:
         keep = self.config.checkpoint.keep_last + 2  # the best, and one being written
         there = sum(f.stat().st_size for f in place.glob("checkpoints/*/*") if f.is_file())
         free = shutil.disk_usage(place).free + (there if place == Path(self.config.run_dir) else 0)
-        text = f"{keep} checkpoints of {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB free in {place}"
         plain = 2 * 4 * self.trained if self.config.parallel.mode == "fsdp" else 0  # of the best and the last
+        more = f" and {plain / 1e9:.2f} GB of plain weights" if plain else ""
+        text = f"{keep} checkpoints of {needed / 1e9:.2f} GB{more}, {free / 1e9:.1f} GB free in {place}"
         if needed * keep + plain > free:
             raise InputError(f"{text}: lower --checkpoint.keep_last, or choose another --run_dir.")
         return f"{text} (your quota may be lower: see your cluster's quota command)"

@@ -35,6 +35,10 @@ SAMPLE = 256  # training examples to tokenise for a check
 BACKWARD = 1.25  # factor for activation gradients and workspaces on top of saved activations
 
 
+class TooLarge(InputError):
+    """The model or its batch does not fit into memory."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """A measured forward and backward pass: padded tokens, seconds, bytes saved for backward (activations,
@@ -83,11 +87,11 @@ def _storage(tensor: torch.Tensor) -> int:
 def measure(task: Task, data: Dataset, config: TrainConfig, world: World, max_tokens: int) -> Pass:
     """Load the whole model and measure its largest micro-batch; if that does not fit, a smaller one.
 
-    Raises InputError if nothing fits; CheckWarning if the run would shard the model.
+    Raises TooLarge if nothing fits; CheckWarning if the run would shard the model; InputError.
     """
     try:
         return _measure(task, data, config, world, max_tokens)
-    except InputError as error:
+    except TooLarge as error:
         if config.parallel.mode == "fsdp":
             raise CheckWarning(f"not measured: {error}; {OF_DDP}") from None
         raise
@@ -98,7 +102,7 @@ def _measure(task: Task, data: Dataset, config: TrainConfig, world: World, max_t
     try:
         model = load_model(task, config.model.path, config, world, new_head=True)
     except torch.OutOfMemoryError as error:
-        raise InputError(
+        raise TooLarge(
             f"not even the weights fit into memory: is another program using the GPU? ({error})"
         ) from None
     state = new_state(model.train(), config, world)
@@ -143,7 +147,7 @@ def _pass(state: TrainState, micro_batch: MicroBatch, options: StepOptions) -> N
         add_gradients(state, micro_batch, 1.0, options)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise InputError(f"the largest micro-batch does not fit into memory: {error}") from None
+            raise TooLarge(f"the largest micro-batch does not fit into memory: {error}") from None
         raise
     state.parallel.clear_gradients(state.optimizer)
 
@@ -207,25 +211,27 @@ def estimate(config: DoctorConfig, scratch: Path) -> int:
         text += f", a checkpoint of {checkpoint_size(found, layout) / 1e9:.2f} GB"
         text += f"; up to {fits} tokens fit" if fits else "; no row fits"
         print(f"{level:4}  {text}", flush=True)
-    if config.checkpoint.async_:
-        shares = ", with fsdp a share on each rank" if config.gpus > 1 else ""
-        print(f"a save needs as much host memory as the checkpoint: on rank 0{shares}")
+    shares = ", with fsdp a share on each rank" if can_shard(config) else ""
+    print(f"a save needs as much host memory as the checkpoint: on rank 0{shares}")
     print(f"estimated for {config.gpus} x {memory / 1e9:.0f} GB in {time.monotonic() - started:.0f} s")
     return code
+
+
+def can_shard(config: DoctorConfig) -> bool:
+    return config.gpus > 1 and config.optim.name != "adamw8bit"
 
 
 def layouts(config: DoctorConfig) -> Iterator[TrainConfig]:
     """The configured run first, then others that need less memory."""
     yield config
     less = replace(config, model=replace(config.model, activation_checkpointing=True))
-    can_shard = config.gpus > 1 and config.optim.name != "adamw8bit"
-    if can_shard and config.parallel.mode == "ddp":
+    if can_shard(config) and config.parallel.mode == "ddp":
         sharded = replace(config.parallel, mode="fsdp")
         yield replace(config, parallel=sharded)
         yield replace(less, parallel=sharded)
     elif not config.model.activation_checkpointing:
         yield less
-    if can_shard and config.precision == "bf16" and config.parallel.gather_dtype == "fp32":
+    if can_shard(config) and config.precision == "bf16" and config.parallel.gather_dtype == "fp32":
         yield replace(less, parallel=replace(config.parallel, mode="fsdp", gather_dtype="bf16"))
     if config.peft.rank == 0:
         base: Any = "bf16" if config.precision == "bf16" else "fp32"

@@ -173,6 +173,8 @@ class Prover:
     def _config(self, folder: str, ranks: int, **changes: Any) -> TrainConfig:
         """One rank holds the whole model."""
         parallel = self.config.parallel if ranks > 1 else ParallelConfig()
+        if ranks % (parallel.shard_size or 1):
+            parallel = dataclasses.replace(parallel, shard_size=None)
         if changes.get("precision", "bf16") != "bf16":
             parallel = dataclasses.replace(parallel, gather_dtype="fp32")
         folder = str(self.scratch / folder)

@@ -49,8 +49,8 @@ class Parallel:
 class Replicated(Parallel):
     """DistributedDataParallel: every rank holds the model, gradients are all-reduced once per step.
 
-    If the model, or its network, has the attribute unused_parameters = True, DDP looks at each pass for the
-    parameters that took no part in it. Otherwise it would wait for their gradients.
+    If some parameters are never used, the model or its network must have the attribute unused_parameters =
+    True: DDP then looks for them at each pass. Otherwise it would wait for their gradients.
     """
 
     def __init__(self, module: nn.Module, world: World) -> None:
@@ -59,7 +59,7 @@ class Replicated(Parallel):
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {name: False}
-        options["find_unused_parameters"] = getattr(_network(module), "unused_parameters", False)
+        options["find_unused_parameters"] = _has(module, "unused_parameters")
         self.ddp = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **options)
         super().__init__(self.ddp)
 
@@ -102,7 +102,7 @@ def parallelise(
     module in place. It gets the whole model or, if that is sharded, each block, since each gathers its
     weights by itself. Raises InputError.
     """
-    if world.size > 1 and getattr(_network(module), "separate_experts", False):
+    if world.size > 1 and _has(module, "separate_experts"):
         raise InputError(
             "model.path: a model whose experts are separate layers, such as Switch Transformers, can only be"
             " trained by one process: an expert has no gradient on the ranks that did not use it."
@@ -161,9 +161,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _network(module: nn.Module) -> nn.Module:
-    """The network inside one of our models, or a model of the user's."""
-    return getattr(module, "network", module)
+def _has(module: nn.Module, flag: str) -> bool:
+    """Whether a model, or the network in it, has an attribute that is True."""
+    return any(getattr(part, flag, False) for part in (module, getattr(module, "network", module)))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -82,12 +82,14 @@ class Tensors:
 
 
 def open_shards(folder: Path) -> Tensors | None:
-    """The tensors in the shards of a checkpoint; None if it has no shards, or not all: those of the best may
-    have been dropped, and that interrupted.
+    """The tensors in the shards of a checkpoint; None if it has none, or only some beside whole weights:
+    dropping those of the best may have been interrupted. Raises InputError.
     """
-    there = {path.name for path in folder.glob("shard-*.safetensors")}
+    there = {path.name for path in folder.glob("*.safetensors")}
     names = complete_set(there)
-    return open_tensors([folder / name for name in sorted(names)]) if names and names <= there else None
+    if not names or (not names <= there and has_plain_weights(there)):
+        return None
+    return open_tensors([folder / name for name in sorted(names)])
 
 
 def pretrained_folder(path: str) -> Path:

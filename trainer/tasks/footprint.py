@@ -82,8 +82,7 @@ def footprint(task: Task, data: Dataset, config: TrainConfig, max_tokens: int) -
     outside = whole[0] - sum(size[0] for size in sizes), whole[1] - sum(size[1] for size in sizes)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batches = [largest(task, data, config, factor * max_tokens) for factor in (1, 2)]
-    logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)  # it repeats errors at length
-    with FakeTensorMode(allow_non_fake_inputs=True), attention_of_gpus():
+    with FakeTensorMode(allow_non_fake_inputs=True), attention_of_gpus(), _errors_once():
         _materialise(model)
         try:
             (tokens, passing, casts), (more, with_more, _) = (
@@ -97,6 +96,18 @@ def footprint(task: Task, data: Dataset, config: TrainConfig, max_tokens: int) -
         sum(whole), trained, 4 * whole[0] + 2 * whole[1], max(sizes, key=sum, default=(0, 0)), outside,
         int(MOMENTS[config.optim.name] * trained), tokens, passing, per_token, casts,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _errors_once() -> Iterator[None]:
+    """torch logs errors of fake tensors at length before it raises them."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _counts(module: nn.Module) -> tuple[int, int]:

@@ -116,7 +116,7 @@ def load_model(task: Any, path: str, run: TrainConfig, world: Any) -> Any:
     sharded = run.parallel.mode == "fsdp"
     if is_onnx(path):
         if sharded:
-            raise InputError(f"--parallel fsdp: {path} is an ONNX model, which can't be shared out.")
+            raise InputError(f"--parallel fsdp: {path} is an ONNX model, which can't be sharded.")
         return OnnxSpanModel(path, world.device)
     return loading.load_model(task, path, run, world, new_head=False, sharded=sharded)
 
