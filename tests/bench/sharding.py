@@ -1,11 +1,11 @@
 """Peak memory of a rank with a model of 409 M parameters: whole on one rank, or sharded over 2 and 4.
 
 usage: python tests/bench/sharding.py
-Peak resident memory above that of the imports, beside plainloop's estimate from the config alone (without
-what it adds for CUDA): after two steps, after a save during which training goes on, and in new processes
-that resume. Freed memory goes back to the system at once; by default, glibc keeps some of it. Before that,
-loading: the peak including pages of the file, of which the kernel maps some beyond the rows that are read,
-and what is left without them.
+Peak resident memory above that of the imports, beside plainloop's estimate from the config alone (for a CPU,
+so without what is added for CUDA): after two steps, after a save during which training goes on, and in new
+processes that resume. Every step has the largest micro-batch of the data twice. Freed memory goes back to
+the system at once; by default, glibc keeps some of it. Before that, loading: the peak including pages of the
+file, of which the kernel maps some beyond the rows that are read, and what is left without them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from plainloop.trainer.tasks.footprint import RESERVE, Footprint
 
 TINY = "TINY" in os.environ  # smoke test: one round
 LAYERS = 2 if TINY else 30
+TOKENS = 384  # of a micro-batch; the longest row of the real data has as many
 
 
 def peak_gb() -> float:
@@ -60,7 +61,7 @@ def estimate(bench: Bench, model_path: str) -> Footprint:
 
     config = replace(bench.config, precision="fp32", batch_size=4)
     config = replace(config, model=replace(config.model, path=model_path))
-    return footprint.footprint(bench.task, bench.data, config, 256)
+    return footprint.footprint(bench.task, bench.data, config, TOKENS, device="cpu")
 
 
 def measure(cache: str, path: str, folder: Path, ranks: int) -> None:
@@ -84,7 +85,7 @@ def measure(cache: str, path: str, folder: Path, ranks: int) -> None:
     mode = ParallelConfig(mode="fsdp" if ranks > 1 else "ddp")
     config = replace(bench.config, parallel=mode, precision="fp32", batch_size=4)
     world, task = bench.world, bench.task
-    steps = tasks.make_steps(task, bench.data, config, world, max_tokens=256)
+    steps = tasks.make_steps(task, bench.data, config, world, max_tokens=TOKENS)
     with process_group(world, timeout_s=600):
         base, before, peaks = peak_gb(), private_gb(), {}
         model = load_model(task, path, config, world, new_head=False, sharded=ranks > 1).train()
@@ -97,15 +98,16 @@ def measure(cache: str, path: str, folder: Path, ranks: int) -> None:
             return
         peaks |= {"load with pages": peak_gb() - base, "load": private_gb() - before}
         options = StepOptions(task.loss_sum, lambda _: 1e-5, world, 1, "fp32", 1.0)
-        warm_up(state, steps.largest()[:1], options)
-        for step in range(2):
-            train_step(state, steps[step], options)
+        largest = steps.largest()[:1]
+        batch = steps[0]._replace(micro_batches=2 * largest)
+        warm_up(state, largest, options)
+        for _ in range(2):
+            train_step(state, batch, options)
         peaks["step"] = peak_gb() - base
         tensors = HostCopy()(shard_tensors(state, first=world.rank == 0))
         with ThreadPoolExecutor(1) as thread:
             written = thread.submit(write_shard, folder, tensors, world.rank, ranks)
-            for step in (2, 3):
-                train_step(state, steps[step], options)
+            train_step(state, batch, options)
             written.result()
         peaks["save"] = peak_gb() - base
         torch.distributed.barrier() if ranks > 1 else None
@@ -142,7 +144,7 @@ def main() -> None:
             found = launch(root, model, folder, ranks) | launch(root, folder, folder, ranks)
             shutil.rmtree(folder)
             weights, moments = expected.weights / ranks / 1e9, expected.moments / ranks / 1e9
-            step = (expected.memory(256, shards=ranks) - RESERVE) / 1e9
+            step = (expected.memory(expected.tokens, shards=ranks) - RESERVE) / 1e9
             # While the moments are read, pages of their file count too.
             guess = {"step": step, "save": step + weights + moments, "resume": weights + 2 * moments}
             guess |= {"load": weights} if ranks > 1 else {}
@@ -151,7 +153,8 @@ def main() -> None:
                 + (f" (estimated {guess[name]:.2f}, {guess[name] / value - 1:+.0%})" if name in guess else "")
                 for name, value in found.items()
             )
-            print(f"{expected.parameters / 1e6:.0f} M parameters, rank 0 of {ranks}: {shares}", flush=True)
+            size = f"{expected.parameters / 1e6:.0f} M parameters, {expected.tokens} tokens"
+            print(f"{size}, rank 0 of {ranks}: {shares}", flush=True)
 
 
 if __name__ == "__main__":

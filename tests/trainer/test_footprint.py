@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plainloop.trainer.cli import main
 from plainloop.trainer.config.options import ModelConfig, ParallelConfig, TrainConfig
+from plainloop.trainer.distributed.world import World
 from plainloop.trainer.tasks.find import find_task
-from plainloop.trainer.tasks.footprint import RESERVE, Meter, footprint, made_up_data
+from plainloop.trainer.tasks.footprint import RESERVE, Meter, footprint, largest, made_up_data
+from plainloop.trainer.tasks.model import load_model
 
 
 def test_meter_counts_what_is_alive_at_the_peak() -> None:
@@ -60,6 +62,26 @@ def test_footprint_needs_no_weights(without_weights: str, tmp_path: Path) -> Non
     assert four[1] < four[0] < found.memory(960)
 
 
+def test_attention_of_a_cpu_is_that_of_a_real_pass(tiny_model: Path, tmp_path: Path) -> None:
+    """With dropout it keeps the scores of all heads: rows x heads x length x length, several times."""
+    config = TrainConfig(model=ModelConfig(path=str(tiny_model)), precision="fp32", batch_size=8)
+    config = replace(config, data=replace(config.data, max_length=96, stride=24, cache_dir=str(tmp_path)))
+    task = find_task("span")(config)
+    data = made_up_data(task, config, tmp_path)
+    cpu, gpu = (footprint(task, data, config, 768, device=device) for device in ("cpu", "cuda"))
+    world = World(0, 1, 0, torch.device("cpu"))
+    model = load_model(task, str(tiny_model), config, world, new_head=True).train()
+    inputs, labels = largest(task, data, config, 768)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with Meter(list(model.parameters())) as meter:
+        task.loss_sum(model(**inputs), labels).backward()
+    assert cpu.passing == pytest.approx(meter.peak, rel=1e-3)
+    shape = model.network.config
+    scores = 4 * 8 * shape.num_attention_heads * 96 * 96 * shape.num_hidden_layers
+    assert cpu.passing - gpu.passing > 2 * scores
+
+
 @pytest.mark.parametrize("task", [pytest.param("span", marks=pytest.mark.slow), "text"])
 def test_doctor_estimates_from_the_config_alone(
     task: str, without_weights: str, tiny_t5: Path, tmp_path: Path, capsys: Any
@@ -80,7 +102,10 @@ def test_doctor_estimates_from_the_config_alone(
     assert "a save needs as much host memory as the checkpoint" in said
     assert main([*line, "0.5"]) == 1
     said = capsys.readouterr().out
-    assert "FAIL  ddp:" in said and "no    fsdp:" in said and "no row fits" in said
+    assert "FAIL  ddp:" in said and "no    fsdp:" in said and "the longest row does not fit" in said
+    few = [w if w != "960" else "16" for w in line]  # less than a row, which is never cut
+    assert main([*few, "40"]) == 0
+    assert "micro-batches of 16 tokens" not in capsys.readouterr().out
     assert main([*line[:-3], "--gpu_gb", "40", "--parallel", "fsdp"]) == 2
     assert "needs several GPUs; say how many with --gpus" in capsys.readouterr().err
 

@@ -184,8 +184,9 @@ def estimate(config: DoctorConfig, scratch: Path) -> int:
     given = replace(config, data=replace(config.data, train="made up" if made_up else config.data.train))
     validate(given, uses=task.uses, metric_names=task.metric_names)
     data = made_up_data(task, config, scratch) if made_up else _sample(task, config, scratch)
-    longest = config.batch_size * int(total_lengths(data.store.row_lengths).max())
-    wanted, known, code = min(config.max_tokens("cuda"), longest), dict[str, Footprint](), 0
+    row = int(total_lengths(data.store.row_lengths).max())
+    wanted = max(row, min(config.max_tokens("cuda"), config.batch_size * row))
+    known, code = dict[str, Footprint](), 0
     for number, layout in enumerate(layouts(config)):
         key = repr((layout.peft, layout.model))
         try:
@@ -209,7 +210,8 @@ def estimate(config: DoctorConfig, scratch: Path) -> int:
         level = "ok" if needed <= memory else ("FAIL" if number == 0 else "no")
         text = f"{described(layout)}: {needed / 1e9:.1f} GB"
         text += f", a checkpoint of {checkpoint_size(found, layout) / 1e9:.2f} GB"
-        text += f"; up to {fits} tokens fit" if fits else "; no row fits"
+        one_row = found.memory(row, **options) <= memory
+        text += f"; up to {max(row, fits)} tokens fit" if one_row else "; the longest row does not fit"
         print(f"{level:4}  {text}", flush=True)
     shares = ", with fsdp a share on each rank" if can_shard(config) else ""
     print(f"a save needs as much host memory as the checkpoint: on rank 0{shares}")

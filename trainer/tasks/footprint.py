@@ -75,14 +75,19 @@ class Footprint:
         return max(0, int(free / self.per_token / 256)) * 256
 
 
-def footprint(task: Task, data: Dataset, config: TrainConfig, max_tokens: int) -> Footprint:
-    """Of the largest micro-batch of this data with max_tokens padded tokens. Raises InputError."""
-    model = shape_model(task, config).train()
+def footprint(
+    task: Task, data: Dataset, config: TrainConfig, max_tokens: int, *, device: str = "cuda"
+) -> Footprint:
+    """Of the largest micro-batch of this data with max_tokens padded tokens. device: "cuda" or "cpu", where
+    dropout and attention keep more for backward. Raises InputError.
+    """
+    model = shape_model(task, config, device).train()
     whole, sizes = _counts(model), [_counts(block) for block in blocks(model)]
     outside = whole[0] - sum(size[0] for size in sizes), whole[1] - sum(size[1] for size in sizes)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batches = [largest(task, data, config, factor * max_tokens) for factor in (1, 2)]
-    with FakeTensorMode(allow_non_fake_inputs=True), attention_of_gpus(), _errors_once():
+    attention = attention_of_gpus() if device == "cuda" else contextlib.nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), attention, _errors_once():
         _materialise(model)
         try:
             (tokens, passing, casts), (more, with_more, _) = (

@@ -80,15 +80,15 @@ def load_model(
     return model if sharded else model.to(world.device)
 
 
-def shape_model(task: Task, config: TrainConfig) -> Any:
-    """The model of config.model.path on the meta device, as for a GPU: all but its weights."""
+def shape_model(task: Task, config: TrainConfig, device: str = "cuda") -> Any:
+    """The model of config.model.path on the meta device, as for a GPU or a "cpu": all but its weights."""
     with weights_later(NO_WEIGHTS):
         model: Any = task.load_model(config.model.path)
     if config.peft.rank:
         _add_adapters(model, config)
     if config.model.activation_checkpointing:
         checkpoint_activations(model.network)
-    share_position_bias(model.network)
+    (speed_up_dropout if device == "cpu" else share_position_bias)(model.network)
     return model
 
 
