@@ -24,6 +24,17 @@ def compare(train: Any, metrics: Any, options: dict[str, Any], tmp_path: Path, *
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def one_layer(path: str, folder: Path) -> Path:
+    """A T5 like the one at `path`, with one layer per stack and random weights: half as much to compile."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    shutil.copytree(path, folder)
+    config = AutoConfig.from_pretrained(folder, num_layers=1, num_decoder_layers=1)
+    torch.manual_seed(0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
 def test_spans(options: dict[str, Any], train: Any, metrics: Any, tmp_path: Path, capsys: Any) -> None:
     compare(train, metrics, options, tmp_path, **{"model.attention_dropout": 0.0, "data.num_widths": 2})
@@ -32,7 +43,8 @@ def test_spans(options: dict[str, Any], train: Any, metrics: Any, tmp_path: Path
 
 @pytest.mark.slow
 def test_texts(text_options: dict[str, Any], train: Any, metrics: Any, tmp_path: Path) -> None:
-    compare(train, metrics, text_options, tmp_path, **{"data.num_widths": 1})
+    small = one_layer(text_options["model.path"], tmp_path / "small")
+    compare(train, metrics, text_options, tmp_path, **{"data.num_widths": 1, "model.path": str(small)})
 
 
 @pytest.mark.slow
@@ -53,17 +65,6 @@ def test_two_ranks_with_activation_checkpointing_resume_bitwise_identical(
     assert_same_bits(tensors(tmp_path / "whole", 4), tensors(tmp_path / "halves", 4))
 
 
-def one_layer(path: str, folder: Path) -> Path:
-    """A T5 like the one at `path`, with one layer per stack and random weights."""
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
-
-    shutil.copytree(path, folder)
-    config = AutoConfig.from_pretrained(folder, num_layers=1, num_decoder_layers=1)
-    torch.manual_seed(0)
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "num_widths"), [("span", 2), ("text", 0)])
 def test_sharded_and_compiled_the_curve_and_the_scores_are_those_of_one_process(
@@ -74,7 +75,7 @@ def test_sharded_and_compiled_the_curve_and_the_scores_are_those_of_one_process(
     if task == "span":
         options |= {"data.dev": options["data.train"], "model.attention_dropout": 0.0}
     else:
-        small = one_layer(options["model.path"], tmp_path / "small")  # half as much to compile
+        small = one_layer(options["model.path"], tmp_path / "small")
         options |= {"data.dev": str(request.getfixturevalue("text_files")[1]), "model.path": str(small)}
     launch(0, "train", options)
     more = {"run_dir": tmp_path / "sharded", "model.compile": "true", "parallel.mode": "fsdp"}
