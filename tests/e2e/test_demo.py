@@ -61,10 +61,12 @@ def test_signalled_demo_leaves_no_processes_and_a_second_demo_does_no_harm(
     number: int, code: int, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
+    log = run_dir / "metrics.jsonl"
     line = [sys.executable, "-m", "plainloop.trainer", "demo", "--task", "text", "--run_dir", str(run_dir)]
     first = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        wait_until(lambda: (run_dir / "metrics.jsonl").exists(), "training")
+        # The first steps are over, so both ranks handle signals; before that, a signal ends them at once.
+        wait_until(lambda: log.exists() and '"kind": "train"' in log.read_text(), "training")
         ranks = [pid for pid in processes_with(str(run_dir)) if pid != first.pid]
         for pid in ranks:  # else the first demo may end before the second has started
             os.kill(pid, signal.SIGSTOP)
