@@ -81,7 +81,9 @@ def load_model(
 
 
 def shape_model(task: Task, config: TrainConfig, device: str = "cuda") -> Any:
-    """The model of config.model.path on the meta device, as for a GPU or a "cpu": all but its weights."""
+    """The model of config.model.path on the meta device, without weights, as load_model prepares it for a
+    device: "cuda" or "cpu".
+    """
     with weights_later(NO_WEIGHTS):
         model: Any = task.load_model(config.model.path)
     if config.peft.rank:
